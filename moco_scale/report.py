@@ -1,0 +1,259 @@
+"""The one page about a run: self-contained HTML that needs no network to look at."""
+
+import base64
+import io
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from moco_scale.config import TrainConfig, read_run_config, to_mapping
+from moco_scale.errors import TrainError
+from moco_scale.evaluate import EVALUATION_FILE
+from moco_scale.metrics import StepMetrics, read_metrics
+from pipelines import IMAGE_MEAN, IMAGE_STD, iterate_once, open_loader
+from shards import ShardSet, open_store
+from shards.errors import NotFoundError
+
+REPORT_FILE = "report.html"
+_SHOWN_REJECTIONS = 50
+_SHOWN_PAIRS = 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """An image inside the page."""
+
+    src: str
+    """data: URL of a JPEG."""
+    alt: str
+
+
+def write_report(run_url: str, *, out: Path | None = None) -> str:
+    """Write report.html into the run, and to `out` if given; return where it is.
+
+    Raises:
+        TrainError: there is no run, or it has no metrics yet.
+    """
+    page = build_report(run_url).encode()
+    store = open_store(run_url)
+    store.put(REPORT_FILE, page)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(page)
+    return str(out) if out is not None else store.uri(REPORT_FILE)
+
+
+def build_report(run_url: str) -> str:
+    """The page as HTML. Object names come from a bucket and are escaped wherever shown."""
+    config = read_run_config(run_url)
+    metrics = read_metrics(run_url)
+    if not metrics:
+        raise TrainError(f"{run_url} has no metrics yet: the first are written with a checkpoint")
+    shard_set = ShardSet.open(config.data.shards)
+    evaluation = _read_evaluation(run_url)
+    steps_to_fill = config.model.queue_size / config.data.global_batch_size
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = (resources.files("moco_scale") / "templates" / "report.html").read_text()
+    return environment.from_string(template).render(
+        title=f"MoCo on {shard_set.num_samples:,} images: {config.model.backbone}",
+        run_url=run_url,
+        tiles=_tiles(metrics, config, evaluation),
+        queue_size=config.model.queue_size,
+        full_step=math.ceil(steps_to_fill),
+        chance_loss=math.log(config.model.queue_size + 1),
+        world_size=metrics[-1].world_size,
+        evaluation=evaluation,
+        ks=list(evaluation["scores"][0]["accuracy"]) if evaluation else [],
+        neighbours=_neighbours(evaluation, config) if evaluation else [],
+        views=_view_pairs(config),
+        recipe=config.data.recipe,
+        view_size=config.data.view_size,
+        source=shard_set.metadata.get("source", "shards made elsewhere"),
+        shards_url=shard_set.url,
+        packed=shard_set.num_samples,
+        config=to_mapping(config),
+        versions=_versions(),
+        **_plots(metrics, config, steps_to_fill),
+        **_data_section(shard_set),
+    )
+
+
+def _tiles(
+    metrics: Sequence[StepMetrics], config: TrainConfig, evaluation: dict[str, Any] | None
+) -> list[tuple[str, str]]:
+    last = metrics[-1]
+    warm = metrics[1:] or metrics  # the first rows include start-up
+    rate = float(np.median([row.samples_per_s for row in warm]))
+    wait = float(np.median([row.data_wait_frac for row in warm]))
+    tiles = [
+        (f"{last.step:,}", f"steps, {last.epoch:.1f} epochs"),
+        (f"{last.step * config.data.global_batch_size:,}", "images seen"),
+        (f"{last.loss:.3f}", "loss at the end"),
+        (f"{100 * last.lookup_accuracy:.1f} %", "lookup accuracy at the end"),
+        (f"{rate:,.0f}", "images/s, median"),
+        (f"{100 * wait:.1f} %", "of a step waiting for data, median"),
+    ]
+    if evaluation:
+        k = next(iter(evaluation["scores"][0]["accuracy"]))
+        trained = {row["features"]: row["accuracy"][k] for row in evaluation["scores"]}["trained"]
+        tiles.append((f"{trained:.3f}", f"kNN accuracy, k = {k}"))
+    return tiles
+
+
+def _plots(
+    metrics: Sequence[StepMetrics], config: TrainConfig, steps_to_fill: float
+) -> dict[str, str]:
+    steps = [row.step for row in metrics]
+    chance = math.log(config.model.queue_size + 1)
+    return {
+        "loss_plot": _plot(
+            steps, [row.loss for row in metrics], "loss (InfoNCE)", at=steps_to_fill, level=chance
+        ),
+        "accuracy_plot": _plot(
+            steps,
+            [100 * row.lookup_accuracy for row in metrics],
+            "lookup accuracy, %",
+            at=steps_to_fill,
+        ),
+        "rate_plot": _plot(
+            steps, [row.samples_per_s for row in metrics], "images/s", from_zero=True
+        ),
+        "wait_plot": _plot(
+            steps,
+            [100 * row.data_wait_frac for row in metrics],
+            "% of step waiting for data",
+            from_zero=True,
+        ),
+    }
+
+
+def _plot(
+    steps: Sequence[int],
+    values: Sequence[float],
+    name: str,
+    *,
+    at: float | None = None,
+    level: float | None = None,
+    from_zero: bool = False,
+) -> str:
+    """One curve as an SVG element."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
+        figure = Figure(figsize=(5.0, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(steps, values, color="#1f6feb", linewidth=1.6)
+        if level is not None:
+            axes.axhline(level, color="#b35900", linewidth=1, linestyle=":")
+            axes.annotate(
+                "guessing",
+                (1, level),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                color="#b35900",
+            )
+        if at is not None:
+            axes.axvline(at, color="#5c6b7a", linewidth=1, linestyle="--")
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _view_pairs(config: TrainConfig) -> list[tuple[str, str]]:
+    """The run's first views, drawn again: they are a function of the seed and the position."""
+    loader = open_loader(config.data, seed=config.run.seed, rank=0, world_size=1, device_index=None)
+    try:
+        batch = next(iter(loader))
+    finally:
+        loader.close()
+    shown = min(_SHOWN_PAIRS, len(batch.view_q))
+    queries, keys = _pixels(batch.view_q[:shown]), _pixels(batch.view_k[:shown])
+    return [(_data_url(q), _data_url(k)) for q, k in zip(queries, keys, strict=True)]
+
+
+def _neighbours(evaluation: dict[str, Any], config: TrainConfig) -> list[list[Picture]]:
+    rows = [[int(query), *found] for query, found in evaluation["neighbours"].items()]
+    wanted = np.unique(np.array([sample for row in rows for sample in row], dtype=np.int64))
+    on = ShardSet.open(evaluation["shards"])
+    uris = on.table(columns=["uri"]).column("uri")
+    pictures: dict[int, Picture] = {}
+    batches = iterate_once(
+        on,
+        ordinals=wanted,
+        view_size=96,
+        batch_size=64,
+        loader=config.data.loader,
+        num_threads=1,
+        device_index=None,
+    )
+    for sample_ids, images in batches:
+        for sample, image in zip(sample_ids.tolist(), _pixels(images), strict=True):
+            name = uris[sample].as_py().rpartition("/")[2]
+            pictures[sample] = Picture(src=_data_url(image), alt=name)
+    return [[pictures[sample] for sample in row if sample in pictures] for row in rows]
+
+
+def _data_section(shard_set: ShardSet) -> dict[str, Any]:
+    rejections = shard_set.rejections()
+    counts: dict[str, int] = {}
+    for reason in rejections.column("reason").to_pylist():
+        counts[reason] = counts.get(reason, 0) + 1
+    return {
+        "listed": shard_set.num_samples + len(rejections),
+        "rejected": sorted(counts.items(), key=lambda item: (-item[1], item[0])),
+        "rejections": rejections.slice(0, _SHOWN_REJECTIONS).to_pylist(),
+        "description": list(shard_set.describe().rows()),
+    }
+
+
+def _read_evaluation(run_url: str) -> dict[str, Any] | None:
+    try:
+        loaded: dict[str, Any] = json.loads(bytes(open_store(run_url).read(EVALUATION_FILE)))
+    except NotFoundError:
+        return None
+    return loaded
+
+
+def _versions() -> list[tuple[str, str]]:
+    names = ("moco-scale", "torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130",
+             "pyarrow", "obstore", "numpy", "pillow")  # fmt: skip
+    found = [("python", platform.python_version())]
+    for name in names:
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _pixels(images: Tensor) -> NDArray[np.uint8]:
+    """N x S x S x 3 bytes out of N x 3 x S x S normalised floats."""
+    values = images.permute(0, 2, 3, 1).float().cpu().numpy()
+    unit = values * np.asarray(IMAGE_STD) + np.asarray(IMAGE_MEAN)
+    return (255 * unit).round().clip(0, 255).astype(np.uint8)
+
+
+def _data_url(pixels: NDArray[np.uint8]) -> str:
+    drawn = io.BytesIO()
+    Image.fromarray(pixels).save(drawn, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(drawn.getvalue()).decode()

@@ -1,0 +1,45 @@
+"""The data section of a run's settings; apart from the loaders, so that reading it needs no DALI."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the samples come from, how they are batched and how a view is drawn."""
+
+    shards: str = ""
+    """URL or path of the shard set (the folder that holds manifest.parquet)."""
+    global_batch_size: int = 256
+    """Samples per step over all ranks."""
+    lanes_per_slot: int = 1
+    """Lanes A = lanes_per_slot x global_batch_size; fixed for the life of a run."""
+    block_samples: int = 64
+    """Consecutive samples of a shard that one range request reads."""
+    recipe: Literal["v1", "v2", "v2_gray"] = "v2"
+    """Augmentation: the paper's (v1), MoCo v2's, or v2 without what is idle on grey images."""
+    view_size: int = 224
+    """Height and width of a view, in pixels."""
+    min_crop_area_frac: float = 0.2
+    """Smallest part of the image's area that a random crop may cover."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes and augments; auto takes DALI where it can be imported."""
+    num_threads: int = 0
+    """Decoding threads per rank; 0 takes the cores of this machine divided by its ranks."""
+    prefetch_batches: int = 2
+    """Batches that are made ready ahead of the step."""
+    buffer_bytes: int = 1 << 30
+    """Bound on encoded bytes held per rank, in flight and ready."""
+    max_bad_frac: float = 0.01
+    """The run stops when more than this part of the samples had to be replaced."""
+    wait_timeout_s: float = 120.0
+    """Longest wait for a batch before the loader reports its stages and raises."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "lanes_per_slot", "block_samples", "view_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.min_crop_area_frac <= 1:
+            raise ValueError(
+                f"data.min_crop_area_frac must be in (0, 1], not {self.min_crop_area_frac}"
+            )

@@ -1,0 +1,81 @@
+"""When a shard exists: tar, then index, then a create-only marker. The marker is the commit."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shards.errors import AlreadyExistsError, NotFoundError
+from shards.manifest import ShardRecord
+from shards.store import Bytes, Store
+
+MARKERS = "_commit"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marker:
+    """What one shard number came to. No clock and no worker: a repeat writes the same bytes."""
+
+    shard: int
+    record: ShardRecord | None
+    """None when not one object of the shard was usable: then there is no tar."""
+    rejected: tuple[tuple[str, int, str, str], ...]
+    """uri, size, reason, detail."""
+
+
+def commit_shard(
+    store: Store,
+    shard: int,
+    *,
+    tar: Sequence[Bytes],
+    index: bytes,
+    samples: int,
+    rejected: Sequence[tuple[str, int, str, str]],
+) -> Marker:
+    """Make a shard exist. If another worker was first, its marker counts and is returned."""
+    record = None
+    if samples:
+        digest = hashlib.sha256()
+        for buffer in tar:
+            digest.update(buffer)
+        name = f"{shard:06}-{digest.hexdigest()[:8]}"
+        record = ShardRecord(
+            name=f"shards/{name}.tar",
+            index=f"index/{name}.parquet",
+            samples=samples,
+            bytes=sum(len(buffer) for buffer in tar),
+            sha256=digest.hexdigest(),
+        )
+        store.put(record.name, list(tar))
+        store.put(record.index, index)
+    marker = Marker(shard=shard, record=record, rejected=tuple(rejected))
+    try:
+        store.put(_path(shard), json.dumps(dataclasses.asdict(marker)).encode(), create_only=True)
+    except AlreadyExistsError:
+        return read_marker(store, shard)
+    return marker
+
+
+def committed(store: Store) -> list[int]:
+    """Numbers of the shards that exist, ascending."""
+    try:
+        return sorted(
+            int(path.rpartition("/")[2].removesuffix(".json"))
+            for page in store.list(MARKERS)
+            for path in page.column("path").to_pylist()
+        )
+    except NotFoundError:
+        return []
+
+
+def read_marker(store: Store, shard: int) -> Marker:
+    """The marker of a committed shard."""
+    saved = json.loads(bytes(store.read(_path(shard))))
+    record = ShardRecord(**saved["record"]) if saved["record"] else None
+    rejected = tuple((uri, size, reason, detail) for uri, size, reason, detail in saved["rejected"])
+    return Marker(shard=saved["shard"], record=record, rejected=rejected)
+
+
+def _path(shard: int) -> str:
+    return f"{MARKERS}/{shard:06}.json"

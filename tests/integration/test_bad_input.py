@@ -1,0 +1,161 @@
+"""What users get wrong: a line or two that say what, where and what to do; nothing half-written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from demo.local_s3 import LocalS3
+from shards.store import open_store
+from tests.integration.conftest import Line
+from tests.support.command import moco_scale, pretrain_arguments
+
+pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("s3"), pytest.mark.timeout(240)]
+
+
+def complaint(*arguments: str, code: int, env: dict[str, str] | None = None) -> str:
+    """What a failing command printed, after checking its form."""
+    result = moco_scale(*arguments, env=env)
+    said = result.stderr.strip()
+    assert result.returncode == code, result.stdout + said
+    assert "Traceback" not in said
+    assert 1 <= len(said.splitlines()) <= 2, said
+    return said
+
+
+def names(url: str) -> Iterator[str]:
+    for batch in open_store(url).list():
+        yield from batch.column("path").to_pylist()
+
+
+def test_no_such_bucket(line: Line) -> None:
+    said = complaint("pack", "s3://no-such-bucket", f"{line.base}/none", code=1)
+
+    assert "no-such-bucket" in said
+    assert not [name for name in names(line.base) if name.startswith("none/")]
+
+
+def test_wrong_credentials(line: Line) -> None:
+    wrong = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
+
+    said = complaint("pack", line.bucket, f"{line.base}/denied", code=1, env=wrong)
+
+    assert "credentials" in said.lower()
+    assert not [name for name in names(line.base) if name.startswith("denied/")]
+
+
+def test_empty_bucket(s3: LocalS3, line: Line) -> None:
+    empty = s3.make_bucket("empty-bucket")
+
+    said = complaint("pack", empty, f"{line.base}/empty", code=1)
+
+    assert "empty-bucket" in said
+    assert not [name for name in names(line.base) if name.startswith("empty/")]
+
+
+def test_a_bucket_without_one_image(s3: LocalS3, line: Line) -> None:
+    texts = s3.make_bucket("only-texts")
+    for number in range(3):
+        open_store(texts).put(f"{number}.jpg", f"<html>{number}</html>".encode())
+
+    said = complaint("pack", texts, f"{line.base}/texts", code=1)
+
+    assert "html_or_xml" in said
+    assert not [name for name in names(line.base) if name.startswith("texts/")]
+
+
+def test_an_unwritable_destination(line: Line, tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("not a folder")
+
+    said = complaint("pack", line.bucket, str(in_the_way / "set"), code=1)
+    no_bucket = complaint("pack", line.bucket, "s3://missing-destination/set", code=1)
+
+    assert str(in_the_way) in said
+    assert "missing-destination" in no_bucket
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("pack", "a", "b", "--sed", "1"), "--seed"),
+        (("pretrain", "--model.quue-size", "1"), "--model.queue-size"),
+        (("pretrain", "--optim.epochs", "many"), "--optim.epochs"),
+        (("pretrain", "--model.momentum", "2"), "momentum"),
+        (("evaluate",), "RUN"),
+        (("pak",), "pack"),
+    ],
+)
+def test_a_misspelt_command_line(arguments: tuple[str, ...], expected: str) -> None:
+    assert expected.lower() in complaint(*arguments, code=2).lower()
+
+
+def test_a_misspelt_key_in_a_preset(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text("[model]\nqueue_sise = 64\n")
+
+    said = complaint("pretrain", "--preset", str(preset), code=1)
+
+    assert "model.queue_sise" in said
+    assert "model.queue_size" in said
+
+
+def test_a_preset_that_does_not_exist() -> None:
+    said = complaint("pretrain", "--preset", "moco_v9", code=1)
+
+    assert "moco_v9" in said
+    assert "smoke" in said
+
+
+def test_no_shard_set_at_the_address(line: Line) -> None:
+    said = complaint(
+        *pretrain_arguments(line.preset, f"{line.base}/nowhere", f"{line.base}/x"), code=1
+    )
+
+    assert "nowhere" in said
+    assert "moco-scale pack" in said
+    assert not [name for name in names(line.base) if name.startswith("x/")]
+
+
+def test_a_checkpoint_of_another_architecture(line: Line) -> None:
+    run = f"{line.base}/architecture"
+    short = ("--run.max-steps", "1")
+    first = moco_scale(*pretrain_arguments(line.preset, line.shard_set, run, *short))
+    assert first.returncode == 0, first.stderr
+    before = sorted(names(run))
+
+    said = complaint(
+        *pretrain_arguments(line.preset, line.shard_set, run, "--model.backbone", "resnet34"),
+        code=1,
+    )
+
+    assert "resnet18" in said
+    assert "resnet34" in said
+    assert sorted(names(run)) == before
+
+
+def test_fewer_images_than_one_batch(line: Line) -> None:
+    said = complaint(
+        *pretrain_arguments(
+            line.preset,
+            line.shard_set,
+            f"{line.base}/toobig",
+            "--data.global-batch-size",
+            "128",
+            "--model.queue-size",
+            "128",
+        ),
+        code=1,
+    )
+
+    assert "128" in said
+    assert "96" in said
+
+
+def test_help_needs_no_credentials(tmp_path: Path) -> None:
+    nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_ENDPOINT_URL": "", "HOME": str(tmp_path)}
+
+    for command in ("pack", "info", "pretrain", "evaluate", "report"):
+        shown = moco_scale(command, "--help", env=nothing)
+        assert shown.returncode == 0, shown.stderr
+        assert "usage" in shown.stdout.lower()
