@@ -55,7 +55,7 @@ class EvaluateConfig:
     bootstrap: int = 2000
     """Resamples of the images for the 95 % intervals."""
     seed: int = 0
-    """Seed of the random encoder and of the resamples."""
+    """Seed of the resamples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +122,7 @@ def evaluate(run_url: str, config: EvaluateConfig) -> Evaluation:
             seen.append(sample_ids)
             yield batch
 
-    trained = build_encoder(run.model, seed=config.seed).to(device)
+    trained = build_encoder(run.model, seed=run.run.seed).to(device)
     prefix = "encoder_q."
     weights = {
         name.removeprefix(prefix): tensor
@@ -130,7 +130,7 @@ def evaluate(run_url: str, config: EvaluateConfig) -> Evaluation:
         if name.startswith(prefix)
     }
     trained.load_state_dict(weights)
-    random = build_encoder(run.model, seed=config.seed).to(device)
+    random = build_encoder(run.model, seed=run.run.seed).to(device)
     # An unwarmed encoder's running statistics are 0 and 1: comparing with them would be unfair.
     seen: list[NDArray[np.int64]] = []
     estimate_bn_statistics(random, images())
