@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco_scale.distributed import Ranks, all_gather_rows, exchange_rows
+from pipelines.hashing import hash_words
+
+# Keeps these numbers apart from others that are drawn from the same seed.
+_SHUFFLE = 0x5B
 
 
 def key_order(
@@ -20,9 +24,8 @@ def key_order(
 
     Every `shuffle_domain` consecutive samples are permuted among themselves.
     """
-    slots = np.arange(global_batch_size, dtype=np.uint64)
-    stream = mix(mix(np.array([seed], np.int64).view(np.uint64)) + np.uint64(step))
-    drawn = mix(stream + slots).reshape(-1, shuffle_domain)
+    slots = np.arange(global_batch_size)
+    drawn = hash_words(seed, _SHUFFLE, step, slots).reshape(-1, shuffle_domain)
     starts = np.arange(0, global_batch_size, shuffle_domain, dtype=np.int64)[:, None]
     return (np.argsort(drawn, axis=1, kind="stable") + starts).reshape(-1)
 
@@ -49,14 +52,6 @@ def unshuffle_keys(keys: Tensor, order: NDArray[np.int64], *, ranks: Ranks) -> T
     """The keys of all ranks in batch order, N x C, from this rank's n x C in the shuffled order."""
     inverse = np.argsort(order)
     return all_gather_rows(keys, ranks)[_index(inverse, keys.device)]
-
-
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele et al. 2014) on each value; arithmetic is modulo 2**64."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _take(

@@ -49,8 +49,8 @@ class TrainConfig:
             )
         if model.queue_size < data.global_batch_size:
             raise ConfigError(
-                f"model.queue_size {model.queue_size} is less than the {data.global_batch_size} keys "
-                "that one step enqueues; raise it or lower data.global_batch_size"
+                f"model.queue_size {model.queue_size} is less than the {data.global_batch_size} keys of "
+                "one step; raise it or lower data.global_batch_size"
             )
         if data.global_batch_size % model.shuffle_domain:
             raise ConfigError(

@@ -8,6 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipelines.hashing import hash_words
+
+# Keeps these numbers apart from the encoder's weights, which are drawn from the same seed.
+_QUEUE = 0x9E
+
 
 class Dictionary(Protocol):
     """One of the mechanisms of the paper's figure 2."""
@@ -52,7 +57,7 @@ class KeyQueue(nn.Module):
 
     def __init__(self, *, dim: int, queue_size: int, seed: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(hash_words(seed, _QUEUE)[0] >> 1))
         noise = torch.randn(dim, queue_size, generator=generator)
         self.register_buffer("queue", functional.normalize(noise, dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))

@@ -123,15 +123,16 @@ def check_world(world_size: int, *, global_batch_size: int, bn_sub_batch: int) -
         )
     allowed = allowed_worlds(global_batch_size=global_batch_size, bn_sub_batch=bn_sub_batch)
     if world_size not in allowed:
+        groups = global_batch_size // bn_sub_batch
         raise ConfigError(
-            f"{world_size} processes cannot share the {global_batch_size // bn_sub_batch} BN groups "
-            f"of a step (data.global_batch_size {global_batch_size} / model.bn_sub_batch "
-            f"{bn_sub_batch}); start {', '.join(map(str, allowed))}"
+            f"{world_size} processes cannot share the {groups} BN groups of a step "
+            f"(data.global_batch_size {global_batch_size} / model.bn_sub_batch {bn_sub_batch}); "
+            f"start {', '.join(map(str, allowed))}"
         )
 
 
 def all_reduce_flat(tensors: Sequence[Tensor], ranks: Ranks) -> None:
-    """Replace each tensor by its mean over ranks, all of them in one all-reduce, in the order given.
+    """Replace each tensor by its mean over ranks, all in one all-reduce, in the order given.
 
     One buffer in a fixed order sums in the same order every time, so a resumed run has the same
     bits; DDP's buckets, rebuilt after the first backward, do not promise that.
@@ -141,7 +142,7 @@ def all_reduce_flat(tensors: Sequence[Tensor], ranks: Ranks) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     flat /= ranks.world_size
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view(tensor.shape))
 
@@ -170,10 +171,8 @@ def exchange_rows(
         sum(receive_counts) x ..., ordered by the rank that they come from.
     """
     # As bytes: gloo does not know every dtype.
-    row_bytes = rows[0:1].numel() * rows.element_size() if len(rows) else 0
-    if not row_bytes:
-        row_bytes = rows.element_size() * int(torch.tensor(rows.shape[1:]).prod())
-    sent = rows.reshape(len(rows), -1).view(torch.uint8).reshape(-1)
+    row_bytes = rows.shape[1:].numel() * rows.element_size()
+    sent = rows.reshape(-1).view(torch.uint8)
     received = sent.new_empty(sum(receive_counts) * row_bytes)
     dist.all_to_all_single(
         received,

@@ -47,7 +47,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
                 momentum=1 / number,
                 eps=self.eps,
             )
-            for number, group in enumerate(x.split(self.sub_batch), start=1)
+            for number, group in enumerate(torch.split(x, self.sub_batch), start=1)
         ]
         return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
 

@@ -72,14 +72,12 @@ class StepOutput:
 
 
 class MoCo(nn.Module):
-    """A step is: forward, backward, average gradients and `statistics`, then `commit`, SGD, `update`.
+    """A step: forward, backward, average gradients and `statistics`, then `commit`, SGD, `update`.
 
     State-dict names are the published ones: encoder_q.*, encoder_k.*, queue, queue_ptr.
     """
 
-    def __init__(
-        self, encoder: nn.Module, config: ModelConfig, *, seed: int, ranks: Ranks
-    ) -> None:
+    def __init__(self, encoder: nn.Module, config: ModelConfig, *, seed: int, ranks: Ranks) -> None:
         """
         Args:
             encoder: becomes the query encoder; its copy the key encoder. N x 3 x S x S to N x dim,
@@ -101,8 +99,8 @@ class MoCo(nn.Module):
         self.seed = seed
         self.ranks = ranks
         # The dictionary's buffers carry their published names, without 'dictionary.' before them.
-        self.register_state_dict_post_hook(_publish_names)
-        self.register_load_state_dict_pre_hook(_accept_published_names)
+        self.register_state_dict_post_hook(_publish_names)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_pre_hook(_accept_published_names)  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def queue(self) -> Tensor:

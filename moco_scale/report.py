@@ -250,7 +250,8 @@ def _pixels(images: Tensor) -> NDArray[np.uint8]:
     """N x S x S x 3 bytes out of N x 3 x S x S normalised floats."""
     values = images.permute(0, 2, 3, 1).float().cpu().numpy()
     unit = values * np.asarray(IMAGE_STD) + np.asarray(IMAGE_MEAN)
-    return (255 * unit).round().clip(0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = (255 * unit).round().clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def _data_url(pixels: NDArray[np.uint8]) -> str:

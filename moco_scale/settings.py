@@ -34,16 +34,16 @@ def parse_flags(
         UsageError: an unknown flag or a wrong value, in one line.
     """
     said = io.StringIO()
-    given = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            found: T = tyro.cli(
                 cls,
                 args=list(arguments),
                 prog=prog,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 config=(tyro.conf.AvoidSubcommands,),
-                **given,
             )
+            return found
     except SystemExit as err:
         if not err.code:
             raise

@@ -1,4 +1,4 @@
-"""The data section of a run's settings; apart from the loaders, so that reading it needs no DALI."""
+"""The data section of a run's settings; apart from the loaders, so that reading it needs none."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,8 +16,8 @@ class DataConfig:
     """Lanes A = lanes_per_slot x global_batch_size; fixed for the life of a run."""
     block_samples: int = 64
     """Consecutive samples of a shard that one range request reads."""
-    recipe: Literal["v1", "v2", "v2_gray"] = "v2"
-    """Augmentation: the paper's (v1), MoCo v2's, or v2 without what is idle on grey images."""
+    recipe: Literal["v1", "v2", "v2_gray", "digits"] = "v2"
+    """Augmentation: the paper's (v1), MoCo v2's, v2 for grey images with no upright, or digits."""
     view_size: int = 224
     """Height and width of a view, in pixels."""
     min_crop_area_frac: float = 0.2

@@ -1,0 +1,190 @@
+"""Checkpoints in object storage: one object with everything, complete or not there.
+
+checkpoints/step-000000500.pt is what torch.save writes; step-000000500.pt.sha256 beside it, in the
+format of sha256sum, is written after it and vouches for it. A checkpoint without, or with another
+sum, is taken for torn and passed over.
+"""
+
+import dataclasses
+import hashlib
+import io
+import logging
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco_scale.errors import CheckpointError
+from shards.errors import NotFoundError
+from shards.store import Store, open_store
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+FOLDER = "checkpoints"
+
+# Settings that shape the tensors; all others may change between a checkpoint and its continuation.
+_SHAPING = ("backbone", "stem", "mlp_head", "dim", "queue_size")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """Everything that a run needs to go on."""
+
+    url: str
+    """Where it is; empty before it was saved."""
+    step: int
+    """Updates made."""
+    model: dict[str, Tensor]
+    """State dict under the published names: encoder_q.*, encoder_k.*, queue, queue_ptr."""
+    optimizer: dict[str, Any]
+    loader: dict[str, Any]
+    """Position in the data, the same at every world size."""
+    rng: dict[str, Tensor]
+    """States of torch's generators, by device type."""
+    config: dict[str, Any]
+    """The run's settings as nested dicts."""
+    versions: dict[str, str]
+    """Of the libraries that wrote it."""
+    world_size: int
+    """Ranks at the time; any allowed number can go on."""
+
+
+def save_checkpoint(store: Store, checkpoint: Checkpoint, *, keep: int) -> str:
+    """Write a checkpoint into a run and return its URL; then delete all but the newest `keep`."""
+    content = {
+        field.name: getattr(checkpoint, field.name)
+        for field in dataclasses.fields(checkpoint)
+        if field.name != "url"
+    }
+    written = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, written)
+    data = written.getvalue()
+    path = checkpoint_path(checkpoint.step)
+    digest = hashlib.sha256(data).hexdigest()
+    store.put(path, data)
+    store.put(f"{path}.sha256", f"{digest}  {path.rpartition('/')[2]}\n".encode())
+    # Steps after this one belong to a future that was given up.
+    older = [step for step in saved_steps(store) if step < checkpoint.step]
+    stale = [checkpoint_path(step) for step in (older[: 1 - keep] if keep > 1 else older)]
+    if stale:
+        store.delete([name for path in stale for name in (f"{path}.sha256", path)])
+    return store.uri(path)
+
+
+def checkpoint_path(step: int) -> str:
+    """Where a run keeps the checkpoint of a step."""
+    return f"{FOLDER}/step-{step:09}.pt"
+
+
+def saved_steps(store: Store) -> list[int]:
+    """Steps that a run has a checkpoint of, complete or not, ascending."""
+    try:
+        pages = list(store.list(f"{FOLDER}/"))
+    except NotFoundError:  # a place that the first write will make
+        return []
+    names = [path for page in pages for path in page.column("path").to_pylist()]
+    stem = f"{FOLDER}/step-"
+    return sorted(
+        int(name.removeprefix(stem).removesuffix(".pt"))
+        for name in names
+        if name.startswith(stem) and name.endswith(".pt")
+    )
+
+
+def latest(store: Store) -> Checkpoint:
+    """The newest checkpoint of a run that is whole.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    steps = saved_steps(store)
+    if not steps:
+        raise CheckpointError(
+            f"{store.url} has no checkpoint: give the URL of a run that 'moco-scale pretrain' wrote"
+        )
+    for step in reversed(steps):
+        try:
+            return _load(store, checkpoint_path(step))
+        except _TornError as err:
+            logger.warning("%s; trying the checkpoint before it", err)
+    raise CheckpointError(
+        f"none of the {len(steps)} checkpoints in {store.uri(FOLDER)} is whole; start again with "
+        "another run.url"
+    )
+
+
+def load_checkpoint(url: str) -> Checkpoint:
+    """The checkpoint at a URL.
+
+    Raises:
+        CheckpointError: it is missing, torn, or not a checkpoint of this project.
+    """
+    folder, _, name = url.rpartition("/")
+    try:
+        return _load(open_store(folder or "."), name)
+    except NotFoundError as err:
+        raise CheckpointError(f"no checkpoint at {url}") from err
+
+
+def check_fits(
+    checkpoint: Checkpoint, *, model: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint of another architecture.
+
+    Args:
+        checkpoint: to go on from.
+        model: state dict of the model that shall be filled.
+        config: this run's settings as nested dicts.
+
+    Raises:
+        CheckpointError: naming the first setting or tensor that differs.
+    """
+    for name in _SHAPING:
+        saved, wanted = checkpoint.config["model"][name], config["model"][name]
+        if saved != wanted:
+            raise CheckpointError(
+                f"{checkpoint.url} has model.{name} {saved!r}, this run {wanted!r}; set "
+                f"model.{name} to {saved!r}, or start afresh with another run.url"
+            )
+    advice = "start afresh with another run.url"
+    for name in [*model, *checkpoint.model]:
+        if name not in checkpoint.model:
+            raise CheckpointError(f"{checkpoint.url} has no tensor {name}; {advice}")
+        if name not in model:
+            raise CheckpointError(f"{checkpoint.url} has {name}, this model has not; {advice}")
+        saved_shape, shape = tuple(checkpoint.model[name].shape), tuple(model[name].shape)
+        if saved_shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.url} has {name} of shape {saved_shape}, this model {shape}; {advice}"
+            )
+
+
+class _TornError(CheckpointError):
+    """The bytes are not those that were written."""
+
+
+def _load(store: Store, path: str) -> Checkpoint:
+    uri = store.uri(path)
+    try:
+        digest = bytes(store.read(f"{path}.sha256")).split()[0].decode()
+    except (NotFoundError, IndexError) as err:
+        store.head(path)  # no checkpoint at all is another error
+        raise _TornError(f"{uri} is unfinished (it has no .sha256)") from err
+    data = bytes(store.read(path))
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise _TornError(f"{uri} is torn (its SHA-256 is not the one in .sha256)")
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as err:
+        raise CheckpointError(f"{uri} is not a checkpoint of moco-scale: {err}") from err
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{uri} has checkpoint format {found}, this version reads {FORMAT}; load it with the "
+            "version that wrote it"
+        )
+    return Checkpoint(url=uri, **content)

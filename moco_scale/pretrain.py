@@ -1,0 +1,87 @@
+"""One process of a training run: settings, ranks, loader and trainer put together."""
+
+import json
+from collections.abc import Callable, Sequence
+
+from moco_scale import distributed
+from moco_scale.config import CONFIG_FILE, TrainConfig, load_config, to_mapping
+from moco_scale.distributed import Ranks
+from moco_scale.metrics import StepMetrics
+from moco_scale.trainer import EXIT_PREEMPTED, Trainer
+from pipelines import open_loader
+from shards import open_store
+
+
+def pretrain(
+    arguments: Sequence[str],
+    *,
+    show: Callable[[StepMetrics], None],
+    say: Callable[[str], None],
+) -> int:
+    """Train as the arguments say, alone or as one of torchrun's processes; return the exit code.
+
+    Args:
+        arguments: of `moco-scale pretrain`.
+        show: called with every row of metrics, on rank 0.
+        say: called with a line now and then, on rank 0.
+    """
+    config = load_config(arguments)
+    ranks = distributed.start(config.run.device)
+    try:
+        config.validate(world_size=ranks.world_size)
+        return _train(config, ranks, show=show, say=say if ranks.speaks else _silence)
+    finally:
+        distributed.shutdown()
+
+
+def _train(
+    config: TrainConfig,
+    ranks: Ranks,
+    *,
+    show: Callable[[StepMetrics], None],
+    say: Callable[[str], None],
+) -> int:
+    loader = open_loader(
+        config.data,
+        seed=config.run.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_index=ranks.device_index,
+    )
+    try:
+        trainer = Trainer(
+            data=config.data,
+            model=config.model,
+            optim=config.optim,
+            run=config.run,
+            loader=loader,
+            ranks=ranks,
+            progress=show,
+        )
+        if trainer.finished:
+            say(f"{config.run.url} is finished: {trainer.step:,} of {trainer.last_step:,} steps")
+            return 0
+        if trainer.resumed_from:
+            say(f"resuming after step {trainer.step:,}, from {trainer.resumed_from}")
+        say(
+            f"{config.model.backbone} on {ranks.world_size} x {ranks.device.type}, "
+            f"{config.data.global_batch_size} images a step, {loader.steps_per_epoch:,} steps "
+            f"an epoch, {trainer.last_step:,} in all"
+        )
+        if ranks.speaks:
+            saved = json.dumps(to_mapping(config), indent=1)
+            open_store(config.run.url).put(CONFIG_FILE, saved.encode())
+        result = trainer.run()
+        if result.preempted:
+            say(
+                f"stopped by a signal and saved after step {result.step:,}: start it again to go on"
+            )
+            return EXIT_PREEMPTED
+        say(f"done after {result.step:,} steps: {config.run.url}")
+        return 0
+    finally:
+        loader.close()
+
+
+def _silence(_: str) -> None:
+    """What a rank other than 0 says."""

@@ -1,0 +1,74 @@
+"""A bounded hand-over between two stages: an iterator run by a thread, some items ahead."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """Runs `source` in a thread, at most `size` finished items ahead of whoever takes them."""
+
+    def __init__(self, source: Iterator[T], *, size: int, name: str) -> None:
+        self._source = source
+        self._size = size
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._ended = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def get(self, *, timeout_s: float) -> T:
+        """The next item.
+
+        Raises:
+            StopIteration: there are no more, or this was closed.
+            TimeoutError: none came in time.
+            Exception: whatever ended `source`, after the items before it.
+        """
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: self._items or self._ended or self._closed, timeout=timeout_s
+            )
+            if not came:
+                raise TimeoutError
+            if self._items and not self._closed:
+                self._changed.notify_all()
+                return self._items.popleft()
+            if self._error is not None and not self._closed:
+                raise self._error
+            raise StopIteration
+
+    @property
+    def num_ready(self) -> int:
+        return len(self._items)
+
+    def close(self, *, timeout_s: float) -> bool:
+        """Stop and forget what is ready; whether the thread ended in time. Harmless twice."""
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            for item in self._source:
+                with self._changed:
+                    # Without a deadline: the step may pause for hours, and close() ends the wait.
+                    self._changed.wait_for(lambda: len(self._items) < self._size or self._closed)
+                    if self._closed:
+                        return
+                    self._items.append(item)
+                    self._changed.notify_all()
+        except BaseException as err:  # every error belongs to the taker, who is in another thread
+            self._error = err
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()

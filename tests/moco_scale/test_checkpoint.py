@@ -1,0 +1,166 @@
+"""Checkpoints: whole or passed over, the newest kept, other architectures refused."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from moco_scale.checkpoint import (
+    Checkpoint,
+    check_fits,
+    checkpoint_path,
+    latest,
+    load_checkpoint,
+    save_checkpoint,
+    saved_steps,
+)
+from moco_scale.errors import CheckpointError
+from shards.store import Store, open_store
+
+SETTINGS = {
+    "backbone": "resnet18",
+    "stem": "imagenet",
+    "mlp_head": True,
+    "dim": 4,
+    "queue_size": 8,
+    "momentum": 0.9,
+}
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(
+        url="",
+        step=step,
+        model={"encoder_q.fc.weight": torch.full((4, 3), float(step)), "queue": torch.ones(4, 8)},
+        optimizer={"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
+        loader={"epoch": 1, "set_id": "abc"},
+        rng={"cpu": torch.get_rng_state()},
+        config={"model": SETTINGS},
+        versions={"torch": "2"},
+        world_size=2,
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "run"))
+
+
+def test_what_was_saved_comes_back(store: Store) -> None:
+    url = save_checkpoint(store, checkpoint(7), keep=3)
+
+    for loaded in (latest(store), load_checkpoint(url)):
+        assert loaded.url == url
+        assert loaded.step == 7
+        assert torch.equal(loaded.model["encoder_q.fc.weight"], torch.full((4, 3), 7.0))
+        assert torch.equal(loaded.optimizer["state"][0]["momentum_buffer"], torch.ones(3))
+        assert loaded.loader == {"epoch": 1, "set_id": "abc"}
+        assert loaded.config == {"model": SETTINGS}
+        assert loaded.world_size == 2
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+def test_the_newest_are_kept(store: Store, keep: int, kept: list[int]) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(store, checkpoint(step), keep=keep)
+
+    names = {
+        name for page in store.list("checkpoints/") for name in page.column("path").to_pylist()
+    }
+    assert saved_steps(store) == kept
+    assert names == {f"{checkpoint_path(step)}{end}" for step in kept for end in ("", ".sha256")}
+
+
+def cut_short(store: Store, path: str) -> None:
+    store.put(path, bytes(store.read(path))[:-100])
+
+
+def flip_a_bit(store: Store, path: str) -> None:
+    data = bytearray(store.read(path))
+    data[len(data) // 2] ^= 1
+    store.put(path, bytes(data))
+
+
+def lose_the_sum(store: Store, path: str) -> None:
+    store.delete([f"{path}.sha256"])
+
+
+def empty_the_sum(store: Store, path: str) -> None:
+    store.put(f"{path}.sha256", b"")
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lose_the_sum, empty_the_sum])
+def test_a_torn_checkpoint_is_passed_over_with_a_warning(
+    store: Store, damage, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoint(store, checkpoint(1), keep=3)
+    save_checkpoint(store, checkpoint(2), keep=3)
+    damage(store, checkpoint_path(2))
+
+    with caplog.at_level(logging.WARNING):
+        found = latest(store)
+
+    assert found.step == 1
+    assert "step-000000002.pt" in caplog.text
+    with pytest.raises(CheckpointError, match=r"step-000000002\.pt is (torn|unfinished)"):
+        load_checkpoint(store.uri(checkpoint_path(2)))
+
+
+def test_no_whole_checkpoint_is_an_error_and_so_is_none(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        latest(store)
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        latest(open_store(str(tmp_path / "not yet made")))
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_checkpoint(store.uri("checkpoints/step-000000003.pt"))
+
+    save_checkpoint(store, checkpoint(2), keep=3)
+    cut_short(store, checkpoint_path(2))
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        latest(store)
+
+
+def test_a_pickle_that_runs_code_is_not_loaded(store: Store) -> None:
+    import hashlib  # only here: a hand-made checkpoint
+    import io
+
+    written = io.BytesIO()
+    torch.save({"format": 1, "model": Path("/")}, written)
+    data = written.getvalue()
+    store.put(checkpoint_path(1), data)
+    store.put(f"{checkpoint_path(1)}.sha256", hashlib.sha256(data).hexdigest().encode())
+
+    with pytest.raises(CheckpointError, match="not a checkpoint of moco-scale"):
+        latest(store)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("backbone", "resnet34"), ("dim", 8), ("mlp_head", False), ("queue_size", 16)],
+)
+def test_another_architecture_is_refused_by_its_setting(name: str, value: object) -> None:
+    saved = checkpoint(1)
+    other = {"model": {**SETTINGS, name: value}}
+
+    with pytest.raises(
+        CheckpointError, match=rf"model\.{name} .*{SETTINGS[name]}.*{value}"
+    ) as said:
+        check_fits(saved, model=saved.model, config=other)
+
+    assert "\n" not in str(said.value)
+    check_fits(saved, model=saved.model, config={"model": {**SETTINGS, "momentum": 0.5}})
+
+
+def test_other_tensors_are_refused_by_name() -> None:
+    saved = dataclasses.replace(checkpoint(1), url="s3://run/checkpoints/step-000000001.pt")
+    settings = {"model": SETTINGS}
+
+    for model, word in (
+        ({**saved.model, "encoder_q.fc.weight": torch.ones(4, 5)}, r"fc\.weight of shape \(4, 3\)"),
+        ({**saved.model, "more": torch.ones(1)}, "no tensor more"),
+        ({"queue": saved.model["queue"]}, r"encoder_q\.fc\.weight"),
+    ):
+        with pytest.raises(CheckpointError, match=word):
+            check_fits(saved, model=model, config=settings)

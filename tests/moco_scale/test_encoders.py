@@ -1,0 +1,72 @@
+"""Encoders and the published names of their weights."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from moco_scale.encoders import build_encoder, pooled_features
+from moco_scale.model import ModelConfig
+
+
+def test_weights_have_the_published_names() -> None:
+    published = torchvision.models.resnet18(weights=None, num_classes=16).state_dict()
+
+    v1 = build_encoder(ModelConfig(backbone="resnet18", dim=16, mlp_head=False), seed=0)
+    v2 = build_encoder(ModelConfig(backbone="resnet18", dim=16), seed=0)
+
+    assert list(v1.state_dict()) == list(published)
+    head = {name: tuple(t.shape) for name, t in v2.state_dict().items() if name.startswith("fc")}
+    assert head == {
+        "fc.0.weight": (512, 512),
+        "fc.0.bias": (512,),
+        "fc.2.weight": (16, 512),
+        "fc.2.bias": (16,),
+    }
+
+
+def test_weights_are_a_function_of_the_seed_and_leave_the_callers_randomness_alone() -> None:
+    config = ModelConfig(backbone="resnet18", dim=16)
+    torch.manual_seed(1)
+    first = build_encoder(config, seed=7)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+
+    assert torch.equal(drawn, torch.rand(1))
+    again, other = build_encoder(config, seed=7), build_encoder(config, seed=8)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert not torch.equal(first.state_dict()["fc.2.weight"], other.state_dict()["fc.2.weight"])
+
+
+def test_pooled_features_are_what_enters_the_head() -> None:
+    encoder = build_encoder(ModelConfig(backbone="resnet18", dim=16), seed=0)
+    images = torch.randn(3, 3, 32, 32)
+
+    features = pooled_features(encoder, images)
+
+    assert features.shape == (3, 512)
+    assert encoder.training
+    encoder.eval()
+    torch.testing.assert_close(encoder.get_submodule("fc")(features), encoder(images))
+
+
+def test_the_small_stem_keeps_resolution() -> None:
+    encoder = build_encoder(ModelConfig(backbone="resnet18", dim=16, stem="cifar"), seed=0)
+    conv = encoder.get_submodule("conv1")
+
+    assert isinstance(conv, nn.Conv2d)
+    assert conv(torch.zeros(1, 3, 32, 32)).shape[-1] == 32
+    assert isinstance(encoder.get_submodule("maxpool"), nn.Identity)
+    encoder.eval()
+    assert encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("resnext50_32x4d", 2048), ("wide_resnet50_2", 2048), ("resnet34", 512)]
+)
+def test_other_backbones_have_their_width(name: str, width: int) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(ModelConfig(backbone=name, dim=8, mlp_head=False), seed=0)
+
+    assert encoder.get_submodule("fc").in_features == width
