@@ -142,10 +142,11 @@ def _pretrain(arguments: list[str]) -> int:
 
 
 def _print_step(metrics: "StepMetrics") -> None:
+    # Fits 80 columns.
     console.print(
-        f"step {metrics.step:>7,}  epoch {metrics.epoch:6.2f}  loss {metrics.loss:7.4f}  "
-        f"lookup {100 * metrics.lookup_accuracy:5.1f} %  {metrics.samples_per_s:7.1f} img/s  "
-        f"waiting {100 * metrics.data_wait_frac:4.1f} %"
+        f"step {metrics.step:>6,}  epoch {metrics.epoch:5.1f}  loss {metrics.loss:6.3f}  "
+        f"lookup {100 * metrics.lookup_accuracy:4.1f} %  {metrics.samples_per_s:6.1f} img/s  "
+        f"wait {100 * metrics.data_wait_frac:3.0f} %"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moco_scale.distributed import check_world
 from moco_scale.errors import ConfigError
-from moco_scale.model import ModelConfig
+from moco_scale.model import ModelConfig, check_shuffle
 from moco_scale.optim import OptimConfig
 from moco_scale.settings import UsageError, from_mapping, parse_flags, read_preset
 from moco_scale.trainer import RunConfig
@@ -49,7 +49,8 @@ class TrainConfig:
             )
         if model.queue_size < data.global_batch_size:
             raise ConfigError(
-                f"model.queue_size {model.queue_size} is less than the {data.global_batch_size} keys of "
+                f"model.queue_size {model.queue_size} holds fewer than the {data.global_batch_size} keys "
+                "of "
                 "one step; raise it or lower data.global_batch_size"
             )
         if data.global_batch_size % model.shuffle_domain:
@@ -57,6 +58,7 @@ class TrainConfig:
                 f"data.global_batch_size {data.global_batch_size} is not a multiple of "
                 f"model.shuffle_domain {model.shuffle_domain}; change one of them"
             )
+        check_shuffle(model)
         check_world(
             world_size,
             global_batch_size=data.global_batch_size,

@@ -39,6 +39,7 @@ from moco_scale.optim import OptimConfig, build_sgd, lr_at, set_lr
 from pipelines.config import DataConfig
 from pipelines.errors import BadDataError
 from pipelines.loader import Batch, Loader
+from pipelines.quarantine import ALLOWED_BAD
 from shards.errors import UserError
 from shards.store import open_store
 
@@ -326,10 +327,9 @@ class Trainer:
                 "optim.lr_warmup_steps"
             )
         self._replaced += replaced
-        # An epoch at the least: one bad image among the first hundred proves nothing.
-        per_step = self.data_config.global_batch_size
-        seen = per_step * max(self.step - self._first_counted, self.steps_per_epoch)
-        if self._replaced > self.data_config.max_bad_frac * seen:
+        # The loader keeps the same budget for its own rank; this one is for all of them together.
+        seen = self.data_config.global_batch_size * (self.step - self._first_counted)
+        if self._replaced > max(ALLOWED_BAD, self.data_config.max_bad_frac * seen):
             raise BadDataError(
                 f"step {self.step}: {self._replaced} bad samples had to be replaced, more than "
                 f"data.max_bad_frac {self.data_config.max_bad_frac} of {seen}; pack the bucket "

@@ -129,6 +129,8 @@ def on_ranks(ranks: Ranks, url: str, max_steps: int) -> tuple[int, int]:
 def test_two_ranks_resume_to_the_bit_and_share_the_batches_of_one(tmp_path: Path) -> None:
     straight, stopped, alone = (str(tmp_path / name) for name in ("straight", "stopped", "alone"))
 
+    for url in (straight, stopped):  # there already, as after the command line's config.json
+        Path(url).mkdir()
     assert run_distributed(on_ranks, 2, straight, 0) == [(12, 12)] * 2
     assert run_distributed(on_ranks, 2, stopped, 7) == [(7, 7)] * 2
     assert run_distributed(on_ranks, 2, stopped, 0) == [(12, 5)] * 2
@@ -178,7 +180,7 @@ def signal_one(ranks: Ranks, url: str) -> tuple[int, bool]:
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_saves(tmp_path: Path) -> None:
-    url = str(tmp_path / "run")
+    url = str(tmp_path)
 
     found = run_distributed(signal_one, 2, url)
 
@@ -266,8 +268,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(url: str) ->
 
 
 def test_more_bad_samples_than_the_budget_stop_the_run(url: str) -> None:
-    # An epoch is 64 samples: 12 % of it are 7 bad ones, the fourth step's second.
-    with pytest.raises(BadDataError, match=r"8 bad samples.*data\.max_bad_frac"):
+    # 2 of 16 are bad, 12.5 %; with the 16 that every budget allows, step 10 is the first to tell.
+    with pytest.raises(BadDataError, match=r"step 10: 20 bad samples.*data\.max_bad_frac"):
         build(url, num_replaced=2, max_bad_frac=0.12).run()
     assert build(f"{url}-b", num_replaced=2, max_bad_frac=0.13).run().step == 12
 
