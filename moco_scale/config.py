@@ -49,9 +49,8 @@ class TrainConfig:
             )
         if model.queue_size < data.global_batch_size:
             raise ConfigError(
-                f"model.queue_size {model.queue_size} holds fewer than the {data.global_batch_size} keys "
-                "of "
-                "one step; raise it or lower data.global_batch_size"
+                f"model.queue_size {model.queue_size} is below data.global_batch_size "
+                f"{data.global_batch_size}, the keys of one step; raise the one or lower the other"
             )
         if data.global_batch_size % model.shuffle_domain:
             raise ConfigError(

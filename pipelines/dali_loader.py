@@ -1,19 +1,21 @@
 """Encoded batches through the DALI graph, two at a time, onto the device."""
 
+import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
+from PIL import Image
 from torch import Tensor
 
 from pipelines.dali_graph import PREFETCH, build_graph
 from pipelines.stream import EncodedBatch
 from pipelines.view_maker import Repair, Views
-from pipelines.views import Draw, ViewParams
+from pipelines.views import Draw, ViewParams, evaluation_views
 
 
 class DaliViews:
@@ -41,6 +43,7 @@ class DaliViews:
             num_threads=num_threads,
             device_index=device_index,
         )
+        self._prime(num_views)
 
     def make(
         self, batches: Iterator[EncodedBatch], repair: Repair
@@ -101,11 +104,14 @@ class DaliViews:
         return faults
 
     def _start(self, batch: EncodedBatch) -> None:
+        self._feed(batch.data, self._draw(batch.positions, batch.sizes))
+        self._graph.schedule_run()
+
+    def _feed(self, data: Sequence[NDArray[np.uint8]], views: Sequence[ViewParams]) -> None:
         feed = self._graph.feed_input
         # Views into the blocks: DALI keeps a reference while it needs them.
-        encoded = [TensorCPU(data) for data in batch.data]
-        feed("encoded", _as_list(encoded))
-        for view, params in enumerate(self._draw(batch.positions, batch.sizes)):
+        feed("encoded", _as_list([TensorCPU(one) for one in data]))
+        for view, params in enumerate(views):
             start, end = _roi(params)
             feed(f"start_{view}", start)
             feed(f"end_{view}", end)
@@ -113,7 +119,18 @@ class DaliViews:
                 feed(f"matrix_{view}", params.matrix)
                 feed(f"pivot_{view}", params.pivot)
                 feed(f"sigma_{view}", params.sigma)
+
+    def _prime(self, num_views: int) -> None:
+        """Run one tiny image through, as DALI's first run is of PREFETCH batches and not of one."""
+        drawn = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(drawn, "JPEG")
+        data = np.frombuffer(drawn.getvalue(), dtype=np.uint8)
+        params = evaluation_views(np.full((1, 2), 8, dtype=np.int32))
+        for _ in range(PREFETCH):
+            self._feed([data], [params] * num_views)
         self._graph.schedule_run()
+        for _ in range(PREFETCH):
+            self._graph.outputs()
 
     def _result(self) -> Views | RuntimeError:
         """The oldest scheduled batch; buffers are fresh each time, so they go to torch uncopied."""
@@ -143,4 +160,5 @@ def _roi(params: ViewParams) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     corner = params.crop[:, [1, 0]].astype(np.float32)
     opposite = corner + params.crop[:, [3, 2]].astype(np.float32)
     flip = params.flip[:, [1, 0]]
-    return np.where(flip, opposite, corner), np.where(flip, corner, opposite)
+    start, end = np.where(flip, opposite, corner), np.where(flip, corner, opposite)
+    return np.ascontiguousarray(start), np.ascontiguousarray(end)  # DALI takes dense arrays only

@@ -1,5 +1,6 @@
 """Which sample stands at which position of an epoch: arithmetic, without I/O."""
 
+from bisect import bisect_right
 from functools import lru_cache
 
 import numpy as np
@@ -71,12 +72,11 @@ class Order:
         """The sample that stands `offset` samples after its shard's beginning in this epoch."""
         number = np.empty_like(offset)
         rest = np.empty_like(offset)
-        for one in np.unique(shard).tolist():
-            here = shard == one
+        for place, (one, at) in enumerate(zip(shard.tolist(), offset.tolist(), strict=True)):
             blocks, begins = self._block_order(epoch, one)
-            slot = np.searchsorted(begins, offset[here], side="right") - 1
-            number[here] = blocks[slot]
-            rest[here] = offset[here] - begins[slot]
+            slot = bisect_right(begins, at) - 1
+            number[place] = blocks[slot]
+            rest[place] = at - begins[slot]
         return number * self.block + self._permuted_in_block(epoch, shard, number, rest)
 
     def _permuted_in_block(
@@ -87,17 +87,13 @@ class Order:
         rest: NDArray[np.int64],
     ) -> NDArray[np.int64]:
         """Entry `rest` of each block's permutation; only the blocks entered are permuted."""
-        pairs = np.stack([shard, number], axis=1)
-        entered, which = np.unique(pairs, axis=0, return_inverse=True)
-        members = np.arange(self.block, dtype=np.int64)
-        keys = hash_words(
-            self._seed, _SAMPLES, epoch, entered[:, :1], entered[:, 1:], members[np.newaxis, :]
-        )
-        sizes = np.minimum(self._samples[entered[:, 0]] - entered[:, 1] * self.block, self.block)
+        entered, which = np.unique(shard << 32 | number, return_inverse=True)
+        of_shard, number = entered[:, np.newaxis] >> 32, entered[:, np.newaxis] & 0xFFFFFFFF
+        members = np.arange(self.block, dtype=np.int64)[np.newaxis, :]
+        keys = hash_words(self._seed, _SAMPLES, epoch, of_shard, number, members)
         # What lies beyond a short block's end sorts last, so it is never taken.
-        keys[members[np.newaxis, :] >= sizes[:, np.newaxis]] = np.iinfo(np.uint64).max
-        permuted = np.argsort(keys, axis=1, kind="stable")
-        return permuted[which.reshape(-1), rest]
+        keys[members >= self._samples[of_shard] - number * self.block] = np.iinfo(np.uint64).max
+        return np.argsort(keys, axis=1, kind="stable")[which, rest]
 
     def _shard_layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's permutation of the shards, and where each ends when laid in a row."""
@@ -105,16 +101,14 @@ class Order:
         order = np.argsort(keys, kind="stable")
         return order, np.cumsum(self._samples[order])
 
-    def _permuted_blocks(
-        self, epoch: int, shard: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _permuted_blocks(self, epoch: int, shard: int) -> tuple[list[int], list[int]]:
         """The shard's blocks in this epoch's order, and the offset at which each begins."""
         samples = int(self._samples[shard])
         count = -(-samples // self.block)
         keys = hash_words(self._seed, _BLOCKS, epoch, shard, np.arange(count))
         blocks = np.argsort(keys, kind="stable")
         sizes = np.minimum(samples - blocks * self.block, self.block)
-        return blocks, np.cumsum(sizes) - sizes
+        return blocks.tolist(), (np.cumsum(sizes) - sizes).tolist()
 
 
 def rank_positions(

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.stream import EncodedBatch
@@ -48,7 +50,7 @@ class TorchViews:
     ) -> tuple[EncodedBatch, list[Tensor]]:
         """The batch's images, after as many repairs as it takes."""
         while True:
-            found = list(pool.map(_try_decode, batch.data, batch.orientations.tolist()))
+            found = list(pool.map(_try_decode, batch.data, batch.sizes))
             faults = {
                 place: str(one) for place, one in enumerate(found) if isinstance(one, ValueError)
             }
@@ -60,8 +62,8 @@ class TorchViews:
         return [draw_view(image, one, place, view_size=self._view_size) for one in params]
 
 
-def _try_decode(data: object, orientation: int) -> Tensor | ValueError:
+def _try_decode(data: NDArray[np.uint8], size: NDArray[np.int32]) -> Tensor | ValueError:
     try:
-        return decode(data, orientation=orientation)  # type: ignore[arg-type]  # pool.map forgets it
+        return decode(data, size)
     except ValueError as err:
         return err

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
@@ -13,26 +13,28 @@ from torchvision.transforms.v2 import functional as tv
 from pipelines.views import IMAGE_MEAN, IMAGE_STD, ViewParams
 
 
-def decode(data: NDArray[np.uint8], *, orientation: int) -> Tensor:
+def decode(data: NDArray[np.uint8], size: NDArray[np.int32]) -> Tensor:
     """An upright image, 3 x H x W uint8.
 
     Not torchvision's decode_image: it crashes the process on some damaged PNG files.
 
     Args:
         data: the encoded image.
-        orientation: EXIF orientation, 1 to 8.
+        size: width and height that the index promises.
 
     Raises:
-        ValueError: it cannot be decoded.
+        ValueError: it cannot be decoded, or has another size.
     """
     try:
         image = Image.open(io.BytesIO(data.data))
-        rgb = image.convert("RGB")
+        upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
         raise ValueError(f"Pillow cannot decode it: {str(err)[:200]}") from err
-    turned = rgb if orientation == 1 else rgb.transpose(_UPRIGHT[orientation])
-    pixels = torch.from_numpy(np.array(turned))
-    return pixels.permute(2, 0, 1).contiguous()
+    if upright.size != (size[0], size[1]):
+        raise ValueError(
+            f"is {upright.width} x {upright.height} upright, but the index says {size[0]} x {size[1]}"
+        )
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 
 
 def draw_view(image: Tensor, params: ViewParams, place: int, *, view_size: int) -> Tensor:
@@ -57,7 +59,7 @@ def draw_view(image: Tensor, params: ViewParams, place: int, *, view_size: int) 
     sigma = float(params.sigma[place])
     if sigma > 0:
         reach = int(np.ceil(3 * sigma))
-        view = tv.gaussian_blur(view, kernel_size=[2 * reach + 1], sigma=[sigma])
+        view = tv.gaussian_blur(view, kernel_size=[2 * reach + 1] * 2, sigma=[sigma] * 2)
     return _normalise(view)
 
 
@@ -74,14 +76,3 @@ def _normalise(view: Tensor) -> Tensor:
     std = torch.tensor(IMAGE_STD)[:, None, None]
     return (view.float() / 255 - mean) / std
 
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes each EXIF orientation (Exif 2.3, tag 0x0112)."""

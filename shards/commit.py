@@ -3,12 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shards.errors import AlreadyExistsError, NotFoundError
+from shards.errors import AlreadyExistsError
 from shards.manifest import ShardRecord
-from shards.store import Bytes, Store
+from shards.objects import Bytes
+from shards.store import Store
+
+logger = logging.getLogger(__name__)
 
 MARKERS = "_commit"
 
@@ -33,7 +37,11 @@ def commit_shard(
     samples: int,
     rejected: Sequence[tuple[str, int, str, str]],
 ) -> Marker:
-    """Make a shard exist. If another worker was first, its marker counts and is returned."""
+    """Make a shard exist. If another worker was first, its marker counts and is returned.
+
+    The tar's name carries its content, so a repeat overwrites a tar with itself or writes another
+    one, which nobody will name: a marker always points at one whole tar.
+    """
     record = None
     if samples:
         digest = hashlib.sha256()
@@ -53,20 +61,22 @@ def commit_shard(
     try:
         store.put(_path(shard), json.dumps(dataclasses.asdict(marker)).encode(), create_only=True)
     except AlreadyExistsError:
-        return read_marker(store, shard)
+        found = read_marker(store, shard)
+        if found != marker:  # equal: it is ours, written by a try whose answer was lost
+            logger.warning(
+                "%s: another worker was first; its shard counts", store.uri(_path(shard))
+            )
+        return found
     return marker
 
 
 def committed(store: Store) -> list[int]:
     """Numbers of the shards that exist, ascending."""
-    try:
-        return sorted(
-            int(path.rpartition("/")[2].removesuffix(".json"))
-            for page in store.list(MARKERS)
-            for path in page.column("path").to_pylist()
-        )
-    except NotFoundError:
-        return []
+    return sorted(
+        int(path.rpartition("/")[2].removesuffix(".json"))
+        for page in store.list(MARKERS)
+        for path in page.column("path").to_pylist()
+    )
 
 
 def read_marker(store: Store, shard: int) -> Marker:

@@ -1,6 +1,6 @@
 """A local folder as a `Store`: hostile names, links and crashes included.
 
-Not obstore's LocalStore: there, one control character in one file's name ends the whole listing, and
+Not obstore's LocalStore: there, one control character in one name ends the whole listing, and
 files named like `photo#1` are invisible.
 """
 
@@ -33,9 +33,9 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 class FolderStore:
-    """Files below a folder, which the first write makes; links are followed, hidden files included.
+    """Files below a folder, which the first write makes; links are followed.
 
-    A name that is not UTF-8 is listed with its odd bytes as \\xNN, and read by that name. The ETag of
+    A name that is not UTF-8 is listed, and read, with its odd bytes as \\xNN. The ETag of
     a file is its modification time, size and inode: it tells a change, not the content.
     """
 
@@ -107,8 +107,11 @@ class FolderStore:
             unfinished = target.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
             try:
                 with unfinished.open("xb") as file:
-                    for buffer in buffers if isinstance(buffers, list | tuple) else [buffers]:
-                        file.write(buffer)
+                    parts: Sequence[Bytes] = (
+                        buffers if isinstance(buffers, list | tuple) else [buffers]
+                    )
+                    for part in parts:
+                        file.write(part)
                     file.flush()
                     os.fsync(file.fileno())
                     etag = _etag(os.fstat(file.fileno()))

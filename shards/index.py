@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards.errors import FormatError
-from shards.store import Bytes
+from shards.objects import Bytes
 
 SCHEMA = pa.schema(
     [
@@ -19,19 +19,22 @@ SCHEMA = pa.schema(
         ("checksum", pa.uint64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("orientation", pa.uint8()),
         ("format", pa.string()),
+        ("orientation", pa.uint8()),
         ("key", pa.string()),
         ("uri", pa.string()),
         ("etag", pa.string()),
         ("source_size", pa.int64()),
+        ("flags", pa.uint32()),
         ("action", pa.string()),
     ]
 )
 """offset: of the data in the tar, in bytes. checksum: xxh3-64 of the data. width, height: upright.
-uri, etag, source_size: of the object that the sample was made from."""
+orientation: EXIF, 1 to 8. uri, etag, source_size: of the object that the sample was made from; a
+file's etag is left out, because it is its place and time. flags: shards.images.ImageFlag. action:
+what was done to the bytes."""
 
-HOT = SCHEMA.names[:6]
+HOT = SCHEMA.names[:7]
 _DELTA = ("offset", "length", "width", "height", "source_size")
 
 
@@ -44,6 +47,7 @@ class ShardIndex:
     checksum: NDArray[np.uint64]
     width: NDArray[np.int32]
     height: NDArray[np.int32]
+    format: NDArray[np.str_]
     orientation: NDArray[np.uint8]
 
     @cached_property
@@ -71,7 +75,10 @@ def read_index(data: Bytes, *, where: str) -> ShardIndex:
         FormatError: `data` is no index.
     """
     table = read_table(data, where=where, columns=HOT)
-    return ShardIndex(**{name: table.column(name).to_numpy() for name in HOT})
+    columns = {name: table.column(name).to_numpy() for name in HOT if name != "format"}
+    # Fixed width: a few bytes a sample instead of an object.
+    formats = np.array(table.column("format").to_pylist(), dtype="U8")
+    return ShardIndex(format=formats, **columns)
 
 
 def read_table(data: Bytes, *, where: str, columns: list[str] | None = None) -> pa.Table:

@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from shards.store import Store, open_store
 
 MANIFEST = "manifest.parquet"
 REJECTIONS = "rejections.parquet"
+SHARD_LIST = "shards.txt"
 FORMAT_VERSION = "1"
 SCHEMA = pa.schema(
     [
@@ -64,6 +66,8 @@ class Description:
     rejected: dict[str, int]
     sides: tuple[int, int, int]
     """Shorter side in pixels: smallest, median, largest."""
+    side_counts: dict[str, int]
+    """Images by shorter side in pixels: "below 64", "64 to 127", ..., "2048 and more"."""
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Name and value, in the order to show them."""
@@ -77,6 +81,7 @@ class Description:
         yield "stored as", _counts(self.actions)
         low, middle, high = self.sides
         yield "shorter side", f"{low} to {high} px, median {middle}"
+        yield "by shorter side", _counts(self.side_counts, ordered=False)
         yield "rejected", _counts(self.rejected) or "nothing"
 
 
@@ -190,6 +195,7 @@ class ShardSet:
             actions=dict(Counter(table.column("action").to_pylist())),
             rejected=dict(Counter(self.rejections().column("reason").to_pylist())),
             sides=(int(sides.min()), int(np.median(sides)), int(sides.max())),
+            side_counts=_by_side(sides),
         )
 
 
@@ -202,30 +208,30 @@ def write_manifest(
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(known)
     written = io.BytesIO()
     pq.write_table(table, written, compression="zstd")
-    store.put("shards.txt", "".join(f"{record.name}\n" for record in records).encode())
+    store.put(SHARD_LIST, "".join(f"{record.name}\n" for record in records).encode())
     store.put(MANIFEST, written.getvalue())
 
 
 def write_rejections(store: Store, rows: Sequence[tuple[str, int, str, str]]) -> None:
     """uri, size, reason, detail of what was left out, sorted by uri."""
-    columns = list(zip(*sorted(rows), strict=True)) or [(), (), (), ()]
-    table = pa.table([pa.array(c, t.type) for c, t in zip(columns, REJECTION_SCHEMA, strict=True)],
-                     schema=REJECTION_SCHEMA)  # fmt: skip
+    names = REJECTION_SCHEMA.names
+    listed = [dict(zip(names, row, strict=True)) for row in sorted(rows)]
+    table = pa.Table.from_pylist(listed, schema=REJECTION_SCHEMA)
     written = io.BytesIO()
     pq.write_table(table, written, compression="zstd")
     store.put(REJECTIONS, written.getvalue())
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{name} {count:,}" for name, count in ordered)
+def _counts(counts: Mapping[str, int], *, ordered: bool = True) -> str:
+    """As "name count, ...", largest first if ordered."""
+    found = (
+        sorted(counts.items(), key=lambda item: (-item[1], item[0])) if ordered else counts.items()
+    )
+    return ", ".join(f"{name} {count:,}" for name, count in found)
 
 
-__all__ = [
-    "MANIFEST",
-    "Description",
-    "ShardRecord",
-    "ShardSet",
-    "write_manifest",
-    "write_rejections",
-]
+def _by_side(sides: NDArray[np.int32]) -> dict[str, int]:
+    steps = [0, 64, 128, 256, 512, 1024, 2048]
+    names = ["below 64", *(f"{a} to {b - 1}" for a, b in pairwise(steps[1:])), "2048 and more"]
+    counts = np.bincount(np.searchsorted(steps, sides, side="right") - 1, minlength=len(steps))
+    return {name: int(n) for name, n in zip(names, counts, strict=True) if n}

@@ -1,10 +1,17 @@
-"""Which object goes into which shard: deduplicated, shuffled, cut by size; decided before any work."""
+"""Which object goes into which shard: deduplicated, shuffled, cut by size, before any work.
+
+A saved plan is a few Parquet parts, in which a row group is a shard, the list of what was left out,
+and plan.json, which is written last, once, and names the others by their content.
+"""
 
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import md5
 from itertools import pairwise
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -13,16 +20,19 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from shards.errors import NotFoundError, PlanError
+from shards.errors import AccessError, AlreadyExistsError, NotFoundError, PlanError
 from shards.images import Reason
 from shards.store import Store
 from shards.tar import padded_bytes
 
-PLAN = "plan/plan.json"
-DROPPED = "plan/dropped.parquet"
-SHARDS_PER_PART = 1000
+FOLDER = "plan"
+PLAN = f"{FOLDER}/plan.json"
+# A worker reads a whole part to learn its shard's rows: with so many that stays far below what it
+# reads of images anyway. (Row groups of one file must stay under 1,000.)
+SHARDS_PER_PART = 64
 ROWS = pa.schema([("path", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
 DROPPED_ROWS = pa.schema([*ROWS, ("reason", pa.string()), ("detail", pa.string())])
+_HASHED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +43,7 @@ class PlanSettings:
     seed: int
     shard_bytes: int
     max_shard_samples: int
+    max_object_bytes: int
     max_pixels: int
     min_side: int
 
@@ -42,45 +53,60 @@ class Plan:
     """A saved plan: shard i is row group i, counted over the parts."""
 
     settings: PlanSettings
+    plan_id: str
+    """Digest of its rows."""
     num_shards: int
     listed: int
     dropped: int
 
     def rows(self, store: Store, shard: int) -> pa.Table:
-        """The objects of one shard, in order."""
-        data = store.read(_part(shard // SHARDS_PER_PART))
+        """The objects of one shard, in order: path, size in bytes, etag."""
+        data = store.read(_part(shard // SHARDS_PER_PART, self.plan_id))
         return pq.ParquetFile(pa.BufferReader(data)).read_row_group(shard % SHARDS_PER_PART)
 
+    def left_out(self, store: Store) -> pa.Table:
+        """The objects that need no fetching to be rejected, with reason and detail."""
+        return pq.read_table(pa.BufferReader(store.read(_dropped(self.plan_id))))
 
-def make_plan(
-    catalog: pa.Table, source: Store, settings: PlanSettings
-) -> "tuple[Plan, list[pa.Table], pa.Table]":
-    """The plan of a catalog, the rows of each shard, and what is left out as a duplicate."""
-    kept, dropped = _drop_duplicates(catalog, source)
-    order = np.lexsort((np.arange(len(kept)), _shuffle_keys(kept, settings)))
-    shuffled = kept.select(ROWS.names).take(pa.array(order))
+
+def make_plan(catalog: Path, source: Store, settings: PlanSettings, *, store: Store) -> Plan:
+    """Plan the objects of a catalog and save the plan in `store`.
+
+    The order is by xxh3(seed, bucket, key): a global shuffle that needs nothing but the names.
+
+    Args:
+        source: where the objects are, to read those of equal size whose ETag says too little.
+
+    Raises:
+        PlanError: another packing began here meanwhile, with other settings.
+    """
+    listed = pq.read_table(catalog).sort_by("path")
+    kept, dropped = _leave_out(listed.select(ROWS.names), source, settings)
+    order = np.argsort(_shuffle_keys(kept, settings), kind="stable")
+    shuffled = kept.take(pa.array(order)).combine_chunks()
     cuts = _cut(shuffled.column("size").to_numpy(), settings)
     shards = [shuffled.slice(start, stop - start) for start, stop in pairwise(cuts)]
+    files = [_parquet(dropped), *map(_parquet_of, _parts(shards))]
+    digest = xxhash.xxh3_128()
+    for data in files:
+        digest.update(data)
     plan = Plan(
-        settings=settings, num_shards=len(shards), listed=len(catalog), dropped=len(dropped)
+        settings=settings,
+        plan_id=digest.hexdigest(),
+        num_shards=len(shards),
+        listed=len(listed),
+        dropped=len(dropped),
     )
-    return plan, shards, dropped
-
-
-def save_plan(store: Store, plan: Plan, shards: Sequence[pa.Table], dropped: pa.Table) -> None:
-    """Write the parts, then plan.json, which is what makes it a plan."""
-    for part, first in enumerate(range(0, len(shards), SHARDS_PER_PART)):
-        written = io.BytesIO()
-        with pq.ParquetWriter(written, ROWS, compression="zstd") as writer:
-            for rows in shards[first : first + SHARDS_PER_PART]:
-                writer.write_table(rows, row_group_size=max(1, len(rows)))
-        store.put(_part(part), written.getvalue())
-    written = io.BytesIO()
-    pq.write_table(dropped, written, compression="zstd")
-    store.put(DROPPED, written.getvalue())
-    saved = {name: getattr(plan.settings, name) for name in PlanSettings.__slots__}
-    counts = {"num_shards": plan.num_shards, "listed": plan.listed, "dropped": plan.dropped}
-    store.put(PLAN, json.dumps({"settings": saved, **counts}, indent=1).encode())
+    store.put(_dropped(plan.plan_id), files[0])
+    for number, data in enumerate(files[1:]):
+        store.put(_part(number, plan.plan_id), data)
+    try:
+        store.put(PLAN, json.dumps(asdict(plan), indent=1).encode(), create_only=True)
+    except AlreadyExistsError:  # by another packing, or by a retry of this very write
+        found = load_plan(store, settings)
+        assert found is not None, "it exists"
+        return found
+    return plan
 
 
 def load_plan(store: Store, settings: PlanSettings) -> Plan | None:
@@ -93,42 +119,64 @@ def load_plan(store: Store, settings: PlanSettings) -> Plan | None:
         saved = json.loads(bytes(store.read(PLAN)))
     except NotFoundError:
         return None
-    found = PlanSettings(**saved.pop("settings"))
-    for name in PlanSettings.__slots__:
-        was, now = getattr(found, name), getattr(settings, name)
-        if was != now:
+    was = saved.pop("settings")
+    for name, now in asdict(settings).items():
+        if was.get(name) != now:
             raise PlanError(
-                f"{store.url} was begun with {name} {was!r}, not {now!r}; "
+                f"{store.url} was begun with {name} {was.get(name)!r}, not {now!r}; "
                 "give the same settings to continue, or another destination"
             )
     return Plan(settings=settings, **saved)
 
 
-def load_dropped(store: Store) -> pa.Table:
-    """What the plan left out, with reasons."""
-    return pq.read_table(pa.BufferReader(store.read(DROPPED)))
+def _part(number: int, plan_id: str) -> str:
+    return f"{FOLDER}/part-{number:05}-{plan_id[:8]}.parquet"
 
 
-def _part(number: int) -> str:
-    return f"plan/part-{number:05}.parquet"
+def _dropped(plan_id: str) -> str:
+    return f"{FOLDER}/dropped-{plan_id[:8]}.parquet"
+
+
+def _parts(shards: list[pa.Table]) -> Iterator[list[pa.Table]]:
+    for first in range(0, len(shards), SHARDS_PER_PART):
+        yield shards[first : first + SHARDS_PER_PART]
+
+
+def _parquet_of(row_groups: list[pa.Table]) -> bytes:
+    written = io.BytesIO()
+    with pq.ParquetWriter(written, ROWS, compression="zstd") as writer:
+        for rows in row_groups:
+            writer.write_table(rows, row_group_size=len(rows))
+    return written.getvalue()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    written = io.BytesIO()
+    pq.write_table(table, written, compression="zstd")
+    return written.getvalue()
 
 
 def _shuffle_keys(rows: pa.Table, settings: PlanSettings) -> NDArray[np.uint64]:
-    """xxh3-64 over the object's identity: a shuffle that depends on nothing but seed and names.
+    """xxh3-64 over bucket and key, the same whichever prefix of the bucket is packed.
 
-    A local folder's own path is left out, so that a copy of the folder packs to the same bytes.
+    Of a local folder only the path below it counts, so that a copy of the folder packs alike.
     """
     where = urlsplit(settings.source)
-    root = f"{where.netloc}/{where.path.strip('/')}" if where.scheme == "s3" else ""
+    is_bucket = where.scheme in ("s3", "gs", "az")
+    bucket = where.netloc if is_bucket else ""
+    folder = where.path.strip("/") + "/" if is_bucket and where.path.strip("/") else ""
     paths = rows.column("path").to_pylist()
     hashed = (
-        xxhash.xxh3_64_intdigest(f"{root}\0{path}".encode(), seed=settings.seed) for path in paths
+        xxhash.xxh3_64_intdigest(f"{bucket}\0{folder}{path}".encode(), seed=settings.seed)
+        for path in paths
     )
     return np.fromiter(hashed, dtype=np.uint64, count=len(paths))
 
 
 def _cut(sizes: NDArray[np.int64], settings: PlanSettings) -> list[int]:
     """First row of each shard, and the end: greedy by padded bytes and by count."""
+    if not len(sizes):
+        return [0]
     cuts, used, count = [0], 0, 0
     for row, size in enumerate(sizes.tolist()):
         need = padded_bytes(size)
@@ -137,48 +185,67 @@ def _cut(sizes: NDArray[np.int64], settings: PlanSettings) -> list[int]:
             used = count = 0
         used += need
         count += 1
-    return [*cuts, len(sizes)] if len(sizes) else [0]
+    return [*cuts, len(sizes)]
 
 
-def _drop_duplicates(catalog: pa.Table, source: Store) -> tuple[pa.Table, pa.Table]:
-    """Keep the first path of each group of equal objects.
+def _leave_out(
+    listed: pa.Table, source: Store, settings: PlanSettings
+) -> tuple[pa.Table, pa.Table]:
+    """What is packed, and what is rejected unseen: empty, too large, or a duplicate."""
+    sizes = listed.column("size").to_numpy()
+    left_out = dict.fromkeys(np.flatnonzero(sizes == 0).tolist(), (Reason.EMPTY, "0 bytes"))
+    for row in np.flatnonzero(sizes > settings.max_object_bytes).tolist():
+        detail = f"{sizes[row]:,} bytes, limit {settings.max_object_bytes:,}"
+        left_out[row] = (Reason.TOO_LARGE, detail)
+    candidates = np.setdiff1d(np.arange(len(sizes)), np.fromiter(left_out, np.int64, len(left_out)))
+    for row, kept in _duplicates(listed, candidates, source):
+        detail = f"same bytes as {source.uri(listed.column('path')[kept].as_py())}"
+        left_out[row] = (Reason.DUPLICATE, detail)
+    dropped = sorted(left_out)
+    why = [left_out[row] for row in dropped]
+    table = listed.take(pa.array(dropped, pa.int64()))
+    table = table.append_column("reason", pa.array([str(r) for r, _ in why], pa.string()))
+    table = table.append_column("detail", pa.array([detail for _, detail in why], pa.string()))
+    is_kept = np.ones(len(sizes), dtype=bool)
+    is_kept[dropped] = False
+    return listed.filter(pa.array(is_kept)), table.cast(DROPPED_ROWS)
 
-    Equal means equal size and equal MD5, which S3 gives as the ETag of a plain single PUT. Where a
-    store gives none, objects that share their size with another are read, and only those.
+
+def _duplicates(
+    listed: pa.Table, candidates: NDArray[np.int64], source: Store
+) -> list[tuple[int, int]]:
+    """Rows with the same bytes as an earlier row, each with that row.
+
+    Equal means equal size and equal MD5, which S3 gives as the ETag of a plain single PUT. Where
+    the listing does not tell, objects that share their size with another are read, only those.
     """
-    sizes = catalog.column("size").to_numpy()
-    etags = catalog.column("etag").to_pylist()
-    paths = catalog.column("path").to_pylist()
-    is_s3 = source.url.startswith("s3://")
+    sizes = listed.column("size").to_numpy()[candidates]
     _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-    shared = (counts[inverse] > 1) & (sizes > 0)  # empty objects are rejected as empty
-    first: dict[tuple[int, str], str] = {}
-    keep, drop, details = [], [], []
-    for row, path in enumerate(paths):
-        if not shared[row]:
-            keep.append(row)
-            continue
-        content = etags[row] if is_s3 and _is_md5(etags[row]) else _content_key(source, path)
-        kept = first.setdefault((int(sizes[row]), content), path)
-        if kept == path:
-            keep.append(row)
-        else:
-            drop.append(row)
-            details.append(f"same bytes as {source.uri(kept)}")
-    dropped = catalog.select(ROWS.names).take(pa.array(drop, pa.int64()))
-    dropped = dropped.append_column(
-        "reason", pa.array([str(Reason.DUPLICATE)] * len(drop), pa.string())
-    )
-    dropped = dropped.append_column("detail", pa.array(details, pa.string()))
-    return catalog.take(pa.array(keep, pa.int64())), dropped.cast(DROPPED_ROWS)
+    shared = candidates[counts[inverse] > 1].tolist()
+    is_s3 = source.url.startswith("s3://")
+    etags, paths = listed.column("etag"), listed.column("path")
+
+    def content(row: int) -> str:
+        etag = etags[row].as_py()
+        return etag if is_s3 and _is_md5(etag) else _read_md5(source, paths[row].as_py())
+
+    first: dict[tuple[int, str], int] = {}
+    found = []
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        for row, key in zip(shared, pool.map(content, shared), strict=True):
+            kept = first.setdefault((listed.column("size")[row].as_py(), key), row)
+            if kept != row:
+                found.append((row, kept))
+    return found
 
 
 def _is_md5(etag: str | None) -> bool:
     return etag is not None and len(etag) == 32 and set(etag) <= set("0123456789abcdef")
 
 
-def _content_key(source: Store, path: str) -> str:
+def _read_md5(source: Store, path: str) -> str:
+    """MD5, so that it can be compared with the ETags beside it; nothing here depends on secrecy."""
     try:
-        return xxhash.xxh3_128_hexdigest(source.read(path))
-    except NotFoundError:
-        return f"gone:{path}"  # deleted since the listing: packing rejects it as not_found
+        return md5(source.read(path), usedforsecurity=False).hexdigest()
+    except (NotFoundError, AccessError):
+        return f"not read: {path}"  # packing finds out why, and what to make of it

@@ -59,8 +59,8 @@ _WRITING: Any = {"connect_timeout": "5s", "timeout": "600s"}
 class Store(Protocol):
     """Objects below one URL. Safe to use from many threads; open it anew in another process.
 
-    Every error is a StoreError with the full address and what to do, after all retries. `if_match` is
-    an ETag as `list`, `head` and `put` give it.
+    Every error is a StoreError with the full address and what to do, after all retries. `if_match`
+    is an ETag as `list`, `head` and `put` give it.
     """
 
     url: str
@@ -108,7 +108,7 @@ class Store(Protocol):
         """Write a whole object, which appears whole or not at all; return its ETag.
 
         Raises:
-            AlreadyExistsError: `create_only` and the object exists, perhaps by a retry of this call.
+            AlreadyExistsError: `create_only` and it exists, perhaps by a retry of this call.
         """
 
     def delete(self, paths: Sequence[str]) -> None:
@@ -116,7 +116,7 @@ class Store(Protocol):
 
 
 def open_store(url: str) -> Store:
-    """The store below a URL: s3://bucket/prefix, gs://, az://, http(s)://, file://, memory://, a path.
+    """The store below a URL: s3://bucket/prefix, gs, az, http(s), file and memory alike, or a path.
 
     Opening reads nothing and leaves no trace. memory:// stores of one name are one, in a process.
 
@@ -282,8 +282,8 @@ class ObjectStore:
     def _pause(self, err: Exception, where: str, attempt: int) -> None:
         """Wait before another attempt, or raise the error as one of ours.
 
-        obstore retries 429, 5xx and refused connections itself, with back-off. What it gives up early
-        and we try again are answers cut short and connections reset while reading.
+        obstore retries 429, 5xx and refused connections itself, with back-off. What it gives up
+        early and we try again are answers cut short and connections reset while reading.
         """
         known = _translate(err, where)
         tried = "max_retries" in str(err)
@@ -392,7 +392,7 @@ def _s3(bucket: str, prefix: str) -> tuple[S3Store, S3Store]:
                 credential_provider=provider,
                 endpoint=endpoint,
                 region=region,
-                client_options={**options, "allow_http": endpoint.startswith("http:")},
+                client_options=options | {"allow_http": endpoint.startswith("http:")},
                 retry_config=_RETRY,
             )
 

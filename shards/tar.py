@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.store import Bytes
+from shards.objects import Bytes
 
 BLOCK = 512
 _END = bytes(2 * BLOCK)
@@ -21,7 +21,8 @@ class Member:
 
 
 def sample_key(shard: int, position: int) -> str:
-    """12 hex digits, unique in the set: no dots, spaces or slashes, which some readers trip over."""
+    """12 hex digits, unique in the set. Readers trip over dots, spaces, slashes and long names."""
+    assert max(shard, position) < 16**6, "the width of a key is fixed"
     return f"{shard:06x}{position:06x}"
 
 
@@ -37,7 +38,9 @@ def build_tar(members: Sequence[Member]) -> tuple[list[Bytes], NDArray[np.int64]
     position = 0
     for number, member in enumerate(members):
         size = len(member.data)
-        buffers += [_header(member.name, size), member.data, bytes(-size % BLOCK)]
+        buffers += [_header(member.name, size), member.data]
+        if size % BLOCK:
+            buffers.append(bytes(-size % BLOCK))
         offsets[number] = position + BLOCK
         position += padded_bytes(size)
     buffers.append(_END)
@@ -45,8 +48,9 @@ def build_tar(members: Sequence[Member]) -> tuple[list[Bytes], NDArray[np.int64]
 
 
 def _header(name: str, size: int) -> bytes:
-    """POSIX.1-1988 ustar: mode 0444, no owner, mtime 0, regular file."""
-    assert len(name) <= 100, "our names are short"
+    """One regular file, mode 0444, no owner, mtime 0 (POSIX.1-1988, ustar interchange format)."""
+    assert len(name) <= 100, "what a USTAR header can say"
+    assert size < 8**11, "what a USTAR header can say"
     fields = (
         name.encode("ascii").ljust(100, b"\0"),
         b"0000444\0" + b"0000000\0" + b"0000000\0",

@@ -1,0 +1,66 @@
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pipelines.ahead import Ahead
+
+
+def test_items_come_in_order_and_then_the_end() -> None:
+    ahead = Ahead(iter(range(5)), size=2, name="test")
+
+    assert [ahead.get(timeout_s=5) for _ in range(5)] == list(range(5))
+    with pytest.raises(StopIteration):
+        ahead.get(timeout_s=5)
+    assert ahead.close(timeout_s=5)
+
+
+def test_it_runs_no_further_ahead_than_its_size() -> None:
+    made = threading.Semaphore(0)
+    count = [0]
+
+    def source() -> Iterator[int]:
+        while True:
+            count[0] += 1
+            made.release()
+            yield count[0]
+
+    ahead = Ahead(source(), size=2, name="test")
+
+    # Two are ready and a third waits for room; a fourth is made only once one was taken.
+    assert all(made.acquire(timeout=5) for _ in range(3))
+    assert not made.acquire(timeout=0.2)
+    ahead.get(timeout_s=5)
+    assert made.acquire(timeout=5)
+    assert ahead.close(timeout_s=5)
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        raise KeyError("the cause")
+
+    ahead = Ahead(source(), size=4, name="test")
+
+    assert ahead.get(timeout_s=5) == 1
+    with pytest.raises(KeyError, match="the cause"):
+        ahead.get(timeout_s=5)
+    assert ahead.close(timeout_s=5)
+
+
+def test_a_wait_has_a_deadline_and_close_ends_it() -> None:
+    go_on = threading.Event()
+
+    def source() -> Iterator[int]:
+        go_on.wait(30)
+        yield 1
+
+    ahead = Ahead(source(), size=1, name="test")
+
+    with pytest.raises(TimeoutError):
+        ahead.get(timeout_s=0.05)
+    assert not ahead.close(timeout_s=0.05)
+    with pytest.raises(StopIteration):
+        ahead.get(timeout_s=5)
+    go_on.set()
+    assert ahead.close(timeout_s=5)

@@ -1,0 +1,268 @@
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from pipelines.errors import BadDataError, StalledError
+from pipelines.order import Order
+from pipelines.quarantine import Quarantine
+from pipelines.stream import EncodedBatch, Need, Stream
+from shards import ShardSet
+from shards.errors import NotFoundError, UnreachableError
+from tests.support.shard_sets import FaultyStore, flip_a_byte, overwrite, stored
+
+BATCH = 10
+BLOCK = 8
+
+
+def needs(shard_set: ShardSet, *, batches: int, rank: int = 0, world_size: int = 1) -> Iterator[Need]:
+    order = Order(shard_set.samples, seed=4, lanes=BATCH, block=BLOCK)
+    share = BATCH // world_size
+    for batch in range(batches):
+        start = batch * BATCH + rank * share
+        places = np.arange(start, start + share)
+        shards, members = order.samples(0, start, start + share)
+        yield Need(positions=places, lanes=places % BATCH, shards=shards, members=members)
+
+
+def open_stream(
+    shard_set: ShardSet,
+    *,
+    batches: int = 6,
+    rank: int = 0,
+    world_size: int = 1,
+    buffer_bytes: int = 1 << 30,
+    wait_timeout_s: float = 20.0,
+    on_bad: Literal["replace", "drop"] = "replace",
+    quarantine: Quarantine | None = None,
+) -> Stream:
+    return Stream(
+        shard_set,
+        needs(shard_set, batches=batches, rank=rank, world_size=world_size),
+        block=BLOCK,
+        seed=4,
+        prefetch_batches=2,
+        buffer_bytes=buffer_bytes,
+        wait_timeout_s=wait_timeout_s,
+        quarantine=quarantine or Quarantine(max_bad_frac=0.5),
+        on_bad=on_bad,
+    )
+
+
+def read_all(stream: Stream) -> list[EncodedBatch]:
+    try:
+        return list(stream)
+    finally:
+        stream.close()
+
+
+def ids(batches: list[EncodedBatch]) -> list[int]:
+    return np.concatenate([batch.sample_ids for batch in batches]).tolist()
+
+
+def contents(batches: list[EncodedBatch]) -> list[bytes]:
+    return [one.tobytes() for batch in batches for one in batch.data]
+
+
+def wanted_ids(shard_set: ShardSet, batches: int) -> list[int]:
+    found = list(needs(shard_set, batches=batches))
+    return np.concatenate([shard_set.first_ordinal[n.shards] + n.members for n in found]).tolist()
+
+
+@pytest.fixture
+def faulty(own_shard_set: ShardSet) -> FaultyStore:
+    store = FaultyStore(own_shard_set.store)
+    own_shard_set.store = store
+    return store
+
+
+def test_it_gives_the_bytes_of_each_sample_in_order(shard_set: ShardSet) -> None:
+    batches = read_all(open_stream(shard_set, batches=15))
+
+    assert ids(batches) == wanted_ids(shard_set, 15)
+    assert contents(batches) == [stored(shard_set, i) for i in ids(batches)]
+    assert np.concatenate([b.positions for b in batches]).tolist() == list(range(150))
+    table = shard_set.table(["width", "height"])
+    sizes = np.stack([table.column("width").to_numpy(), table.column("height").to_numpy()], axis=1)
+    assert np.array_equal(np.concatenate([b.sizes for b in batches]), sizes[ids(batches)])
+
+
+def test_a_block_is_one_request(own_shard_set: ShardSet, faulty: FaultyStore) -> None:
+    read_all(open_stream(own_shard_set))
+
+    assert len(faulty.requests) == len(set(faulty.requests))
+    assert len(faulty.requests) == 3 * 3  # 20 samples in blocks of 8, three shards
+
+
+def test_samples_are_views_into_their_block(shard_set: ShardSet) -> None:
+    batches = read_all(open_stream(shard_set, batches=15))
+
+    bases = {id(one.base) for batch in batches for one in batch.data}
+    assert all(one.base is not None for batch in batches for one in batch.data)
+    assert len(bases) < 40
+
+
+def test_without_room_for_blocks_the_order_stays_and_requests_grow(
+    own_shard_set: ShardSet, faulty: FaultyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = read_all(open_stream(own_shard_set))
+    with_room = len(faulty.requests)
+
+    for bound in (0, 30_000, 60_000):
+        faulty.requests.clear()
+        stream = open_stream(own_shard_set, buffer_bytes=bound)
+        held = []
+        bounded = []
+        for batch in stream:
+            held.append(stream.held_bytes)
+            bounded.append(batch)
+        stream.close()
+        assert contents(bounded) == contents(whole)
+        assert len(faulty.requests) > with_room
+        assert max(held) <= bound
+    assert "raise data.buffer_bytes" in caplog.text
+
+
+def test_blocks_are_let_go_when_their_lanes_have_left(shard_set: ShardSet) -> None:
+    stream = open_stream(shard_set, batches=15)
+    batches = read_all(stream)
+
+    assert len(batches) == 15
+    assert stream.held_bytes < 40_000 * BATCH
+
+
+def test_a_byte_that_was_wrong_once_is_read_again(own_shard_set: ShardSet, faulty: FaultyStore) -> None:
+    expected = contents(read_all(open_stream(own_shard_set)))
+    faulty.flip_first_answers = True
+    quarantine = Quarantine(max_bad_frac=0.5)
+
+    batches = read_all(open_stream(own_shard_set, quarantine=quarantine))
+
+    assert contents(batches) == expected
+    assert not quarantine.records()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_a_damaged_sample_gives_way_to_the_same_one_in_every_world(
+    own_shard_set: ShardSet, world_size: int
+) -> None:
+    bad = wanted_ids(own_shard_set, 6)[27]
+    broken = overwrite(own_shard_set, bad, flip_a_byte(stored(own_shard_set, bad)))
+    quarantine = Quarantine(max_bad_frac=0.5)
+
+    parts = [
+        read_all(open_stream(broken, rank=r, world_size=world_size, quarantine=quarantine))
+        for r in range(world_size)
+    ]
+
+    served = [i for step in zip(*parts, strict=True) for i in ids(list(step))]
+    assert [place for place, (a, b) in enumerate(zip(served, wanted_ids(broken, 6), strict=True)) if a != b] == [27]
+    assert served[27] == 11  # pinned: the same in every world, and for ever
+    assert sum(batch.num_replaced for part in parts for batch in part) == 1
+    (record,) = quarantine.records()
+    assert (record.sample_id, record.position) == (bad, 27)
+    assert "checksum" in record.reason
+    assert record.shard.endswith(".tar")
+    assert record.key
+    assert record.key.isalnum()
+
+
+def test_an_image_of_another_size_is_replaced(own_shard_set: ShardSet) -> None:
+    data = bytearray(stored(own_shard_set, 30))
+    place = data.index(b"\xff\xc0") + 5  # the frame header's height and width
+    data[place : place + 2] = (999).to_bytes(2, "big")
+    broken = overwrite(own_shard_set, 30, bytes(data), fix_checksum=True)
+    quarantine = Quarantine(max_bad_frac=0.5)
+
+    batches = read_all(open_stream(broken, quarantine=quarantine))
+
+    assert 30 not in ids(batches)
+    assert "999 pixels, but the index says" in quarantine.records()[0].reason
+
+
+def test_bad_samples_can_be_left_out(own_shard_set: ShardSet) -> None:
+    broken = overwrite(own_shard_set, 7, flip_a_byte(stored(own_shard_set, 7)))
+
+    batches = read_all(open_stream(broken, on_bad="drop"))
+
+    assert sorted(ids(batches)) == [i for i in range(60) if i != 7]
+
+
+def test_repair_moves_on_to_the_next_substitute(shard_set: ShardSet) -> None:
+    stream = open_stream(shard_set)
+    batch = next(stream)
+
+    once = stream.repair(batch, {3: "looks odd"})
+    twice = stream.repair(once, {3: "odd, too"})
+    stream.close()
+
+    assert len({int(b.sample_ids[3]) for b in (batch, once, twice)}) == 3
+    assert twice.num_replaced == once.num_replaced == 1
+    assert twice.data[3].tobytes() == stored(shard_set, int(twice.sample_ids[3]))
+    assert np.delete(twice.sample_ids, 3).tolist() == np.delete(batch.sample_ids, 3).tolist()
+
+
+def test_more_bad_samples_than_the_budget_stop_the_stream(own_shard_set: ShardSet) -> None:
+    broken = own_shard_set
+    for number in range(0, 60, 2):
+        broken = overwrite(broken, number, flip_a_byte(stored(broken, number)))
+
+    with pytest.raises(BadDataError, match="more than data.max_bad_frac 0.01"):
+        read_all(open_stream(broken, quarantine=Quarantine(max_bad_frac=0.01)))
+
+
+def test_a_shard_without_a_sound_sample_is_named(own_shard_set: ShardSet) -> None:
+    broken = own_shard_set
+    for number in range(20):
+        broken = overwrite(broken, number, flip_a_byte(stored(broken, number)))
+
+    with pytest.raises(BadDataError, match=r"000000-.*tar: no sound sample left"):
+        read_all(open_stream(broken, quarantine=Quarantine(max_bad_frac=1.0)))
+
+
+def test_a_failing_store_is_an_error_and_no_bad_sample(
+    own_shard_set: ShardSet, faulty: FaultyStore
+) -> None:
+    faulty.refuse_after = 4
+    quarantine = Quarantine(max_bad_frac=0.5)
+
+    with pytest.raises(UnreachableError, match="no usable answer"):
+        read_all(open_stream(own_shard_set, quarantine=quarantine))
+    assert not quarantine.records()
+
+
+def test_a_missing_shard_is_named(own_shard_set: ShardSet) -> None:
+    Path(own_shard_set.url, own_shard_set.names[1]).unlink()
+
+    with pytest.raises(NotFoundError, match=own_shard_set.names[1]):
+        read_all(open_stream(own_shard_set))
+
+
+def test_a_silent_store_is_reported_with_the_state_of_the_stages(
+    own_shard_set: ShardSet, faulty: FaultyStore
+) -> None:
+    faulty.hold.clear()
+    stream = open_stream(own_shard_set, wait_timeout_s=0.3)
+
+    with pytest.raises(StalledError, match=r"0\.3 s.*batches ready.*blocks.*waiting for .*tar"):
+        next(stream)
+    faulty.hold.set()
+    stream.close()
+
+
+def test_close_ends_all_threads_at_any_time(own_shard_set: ShardSet, faulty: FaultyStore) -> None:
+    before = threading.active_count()
+    faulty.hold.clear()
+    waiting = open_stream(own_shard_set)
+    threading.Timer(0.3, faulty.hold.set).start()
+
+    waiting.close()
+    waiting.close()
+
+    started = open_stream(own_shard_set)
+    next(started)
+    started.close()
+    assert threading.active_count() <= before + 1  # the timer's thread may be ending still
