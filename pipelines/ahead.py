@@ -1,8 +1,8 @@
-"""A bounded hand-over between two stages: an iterator run by a thread, some items ahead."""
+"""A bounded hand-over between two stages: a generator run by a thread, some items ahead."""
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,7 +11,7 @@ T = TypeVar("T")
 class Ahead(Generic[T]):
     """Runs `source` in a thread, at most `size` finished items ahead of whoever takes them."""
 
-    def __init__(self, source: Iterator[T], *, size: int, name: str) -> None:
+    def __init__(self, source: Generator[T, None, None], *, size: int, name: str) -> None:
         self._source = source
         self._size = size
         self._items: deque[T] = deque()
@@ -69,6 +69,7 @@ class Ahead(Generic[T]):
         except BaseException as err:  # every error belongs to the taker, who is in another thread
             self._error = err
         finally:
+            self._source.close()  # here, so that what it holds is gone when this thread has ended
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()

@@ -2,7 +2,7 @@
 
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class DaliViews:
 
     def make(
         self, batches: Iterator[EncodedBatch], repair: Repair
-    ) -> Iterator[tuple[EncodedBatch, Views]]:
+    ) -> Generator[tuple[EncodedBatch, Views], None, None]:
         running: deque[EncodedBatch] = deque()
         for batch in batches:
             self._start(batch)

@@ -5,10 +5,10 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import xxhash
@@ -20,6 +20,7 @@ from pipelines.quarantine import BadSample, Quarantine, candidates, damage
 from shards import ShardIndex, ShardSet
 from shards.errors import StoreError
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 Bytes = NDArray[np.uint8]
@@ -123,6 +124,7 @@ class Stream:
         self._held_bytes = 0
         self._last_shards: set[int] = set()
         self._told_of_bound = False
+        self._running: set[Future[Any]] = set()
         self._waiting_for = "nothing"
         self._lock = threading.Lock()
         self._read_bytes = 0
@@ -186,8 +188,7 @@ class Stream:
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         joined = self._ahead.close(timeout_s=_CLOSE_S)
-        running = [one.future for one in self._live.values() if not one.future.cancelled()]
-        _, late = wait(running, timeout=_CLOSE_S)
+        _, late = wait(list(self._running), timeout=_CLOSE_S)
         if late or not joined:
             logger.warning("%s: %d reads did not end in time", self._set.url, len(late))
         else:
@@ -196,7 +197,7 @@ class Stream:
 
     # Everything below runs in the stream's thread, except reads (pool) and repair (its caller's).
 
-    def _batches(self) -> Iterator[EncodedBatch]:
+    def _batches(self) -> Generator[EncodedBatch, None, None]:
         planned: deque[_Planned] = deque()
         for need in self._needs:
             planned.append(self._plan(need))
@@ -257,15 +258,21 @@ class Stream:
     def _load_indexes(self, shards: NDArray[np.int64]) -> None:
         """Bring a batch's indexes in side by side: one by one they would cost a round trip each."""
         wanted = set(np.unique(shards).tolist())
-        pending = [self._pool.submit(self._set.index, one) for one in wanted - self._last_shards]
+        pending = [self._submit(self._set.index, one) for one in wanted - self._last_shards]
         self._last_shards = wanted
         for one in pending:
             self._wait_for(one, f"an index of {self._set.url}")
 
     def _read(self, shard: int, first: int, stop: int) -> "_Reading":
         start, size = _span(self._set.index(shard), first, stop)
-        future = self._pool.submit(self._fetch, shard, start, start + size)
+        future = self._submit(self._fetch, shard, start, start + size)
         return _Reading(shard=shard, start=start, size=size, future=future)
+
+    def _submit(self, read: Callable[..., T], *where: int) -> "Future[T]":
+        future = self._pool.submit(read, *where)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
 
     def _fetch(self, shard: int, start: int, end: int) -> Bytes:
         (found,) = self._set.store.read_ranges(self._set.names[shard], [start], [end])

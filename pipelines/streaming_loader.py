@@ -4,7 +4,8 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any, Literal
 
 import numpy as np
@@ -247,17 +248,16 @@ class StreamingLoader:
             epoch, consumed = epoch + 1, 0
             position = before + self._order.epoch_length
 
-    def _make(self, stream: Stream) -> Iterator[tuple[EncodedBatch, Views]]:
+    def _make(self, stream: Stream) -> Generator[tuple[EncodedBatch, Views], None, None]:
         """Views of the stream's batches, with the time that reading and making them took."""
-        made = self._maker.make(self._timed(stream), stream.repair)
-        while True:
-            began = time.perf_counter()
-            try:
-                item = next(made)
-            except StopIteration:
-                return
-            self._making_s += time.perf_counter() - began
-            yield item
+        with closing(self._maker.make(self._timed(stream), stream.repair)) as made:
+            while True:
+                began = time.perf_counter()
+                item = next(made, None)
+                if item is None:
+                    return
+                self._making_s += time.perf_counter() - began
+                yield item
 
     def _timed(self, stream: Stream) -> Iterator[EncodedBatch]:
         while True:
@@ -290,7 +290,7 @@ def iterate_once(
     loader: Literal["auto", "dali", "torch"],
     num_threads: int,
     device_index: int | None,
-) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+) -> Generator[tuple[NDArray[np.int64], Tensor], None, None]:
     """Every sample once, in ordinal order, as the evaluation view: sample ids and N x 3 x S x S.
 
     The view is the middle of the image, resized and normalised as training views are. Bad samples
@@ -330,8 +330,9 @@ def iterate_once(
     )
     try:
         non_empty = (batch for batch in stream if len(batch))
-        for batch, (view,) in maker.make(non_empty, stream.repair):
-            yield batch.sample_ids, view
+        with closing(maker.make(non_empty, stream.repair)) as made:
+            for batch, (view,) in made:
+                yield batch.sample_ids, view
     finally:
         stream.close()
     if quarantine.records():

@@ -1,6 +1,6 @@
 """Encoded batches through Pillow and torchvision, a thread a sample."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,7 +27,7 @@ class TorchViews:
 
     def make(
         self, batches: Iterator[EncodedBatch], repair: Repair
-    ) -> Iterator[tuple[EncodedBatch, Views]]:
+    ) -> Generator[tuple[EncodedBatch, Views], None, None]:
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode") as pool:
             for batch in batches:
                 good, images = self._decode(batch, repair, pool)

@@ -32,7 +32,8 @@ def decode(data: NDArray[np.uint8], size: NDArray[np.int32]) -> Tensor:
         raise ValueError(f"Pillow cannot decode it: {str(err)[:200]}") from err
     if upright.size != (size[0], size[1]):
         raise ValueError(
-            f"is {upright.width} x {upright.height} upright, but the index says {size[0]} x {size[1]}"
+            f"is {upright.width} x {upright.height} pixels upright, "
+            f"but the index says {size[0]} x {size[1]}"
         )
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 
@@ -75,4 +76,3 @@ def _normalise(view: Tensor) -> Tensor:
     mean = torch.tensor(IMAGE_MEAN)[:, None, None]
     std = torch.tensor(IMAGE_STD)[:, None, None]
     return (view.float() / 255 - mean) / std
-

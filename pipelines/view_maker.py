@@ -1,6 +1,6 @@
 """The seam between encoded bytes and views: what decodes and augments, DALI or torch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
@@ -19,7 +19,7 @@ class ViewMaker(Protocol):
 
     def make(
         self, batches: Iterator[EncodedBatch], repair: Repair
-    ) -> Iterator[tuple[EncodedBatch, Views]]:
+    ) -> Generator[tuple[EncodedBatch, Views], None, None]:
         """Each batch with its views, in the order of `batches`.
 
         A batch comes back with the samples that its views show: what could not be decoded was

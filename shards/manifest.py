@@ -121,18 +121,17 @@ class ShardSet:
             ) from err
         try:
             shards = pq.read_table(pa.BufferReader(data))
-        except pa.ArrowException as err:
+            version = (shards.schema.metadata or {})[b"format_version"].decode()
+            if version != FORMAT_VERSION:
+                raise FormatError(
+                    f"{store.uri(MANIFEST)}: format version {version}, not {FORMAT_VERSION}; "
+                    "use the version of this program that packed it, or pack again"
+                )
+            return cls(store, shards.select(SCHEMA.names))
+        except (pa.ArrowException, OSError, KeyError) as err:
             raise FormatError(
                 f"{store.uri(MANIFEST)}: not a readable manifest; pack again"
             ) from err
-        found = cls(store, shards)
-        version = found.metadata.get("format_version")
-        if version != FORMAT_VERSION:
-            raise FormatError(
-                f"{store.uri(MANIFEST)}: format version {version}, not {FORMAT_VERSION}; "
-                "use the version of this program that packed it, or pack again"
-            )
-        return found
 
     @cached_property
     def set_id(self) -> str:

@@ -409,6 +409,8 @@ def _has_manifest(store: Store) -> bool:
         store.head(MANIFEST)
     except NotFoundError:
         return False
+    except StoreError as err:
+        raise type(err)(f"destination {err}") from err
     return True
 
 

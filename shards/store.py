@@ -264,7 +264,8 @@ class ObjectStore:
             lambda: obstore.list_with_delimiter(self._reader, prefix or None, return_arrow=True),
         )
         folders = [{"path": f"{folder}/"} for folder in found["common_prefixes"]]
-        rows = [_listing(found["objects"]), pa.RecordBatch.from_pylist(folders, schema=LISTING)]
+        rows = [_listing(page) for page in pa.table(found["objects"]).to_batches()]
+        rows.append(pa.RecordBatch.from_pylist(folders, schema=LISTING))
         level = pa.Table.from_batches(rows).sort_by("path")
         if start_after is not None:
             level = level.filter(pc.greater(level.column("path"), start_after))
@@ -286,7 +287,7 @@ class ObjectStore:
         early and we try again are answers cut short and connections reset while reading.
         """
         known = _translate(err, where)
-        tried = "max_retries" in str(err)
+        tried = re.search(r"after [1-9]\d* retries", str(err)) is not None
         if not isinstance(known, UnreachableError) or tried or attempt >= ATTEMPTS:
             raise known from err
         logger.warning("%s: attempt %d of %d: %s", where, attempt, ATTEMPTS, known)
@@ -306,7 +307,8 @@ def _translate(err: Exception, where: str) -> StoreError:
 
     if isinstance(err, BotoCoreError):
         return AccessError(f"{where}: no credentials ({text}); set AWS_ACCESS_KEY_ID or a profile")
-    if isinstance(err, refused.NotFoundError) or says("NoSuchBucket"):
+    # obstore raises FileNotFoundError itself, not its own NotFoundError.
+    if isinstance(err, refused.NotFoundError | FileNotFoundError) or says("NoSuchBucket"):
         what = "no such bucket" if says("NoSuchBucket") else "no such object"
         return NotFoundError(f"{where}: {what}; check the address")
     if isinstance(

@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -7,7 +7,7 @@ from pipelines.ahead import Ahead
 
 
 def test_items_come_in_order_and_then_the_end() -> None:
-    ahead = Ahead(iter(range(5)), size=2, name="test")
+    ahead = Ahead((item for item in range(5)), size=2, name="test")
 
     assert [ahead.get(timeout_s=5) for _ in range(5)] == list(range(5))
     with pytest.raises(StopIteration):
@@ -19,7 +19,7 @@ def test_it_runs_no_further_ahead_than_its_size() -> None:
     made = threading.Semaphore(0)
     count = [0]
 
-    def source() -> Iterator[int]:
+    def source() -> Generator[int, None, None]:
         while True:
             count[0] += 1
             made.release()
@@ -36,7 +36,7 @@ def test_it_runs_no_further_ahead_than_its_size() -> None:
 
 
 def test_an_error_comes_after_the_items_before_it() -> None:
-    def source() -> Iterator[int]:
+    def source() -> Generator[int, None, None]:
         yield 1
         raise KeyError("the cause")
 
@@ -51,7 +51,7 @@ def test_an_error_comes_after_the_items_before_it() -> None:
 def test_a_wait_has_a_deadline_and_close_ends_it() -> None:
     go_on = threading.Event()
 
-    def source() -> Iterator[int]:
+    def source() -> Generator[int, None, None]:
         go_on.wait(30)
         yield 1
 
@@ -64,3 +64,20 @@ def test_a_wait_has_a_deadline_and_close_ends_it() -> None:
         ahead.get(timeout_s=5)
     go_on.set()
     assert ahead.close(timeout_s=5)
+
+
+def test_the_source_is_closed_when_it_is_no_longer_wanted() -> None:
+    closed = threading.Event()
+
+    def source() -> Generator[int, None, None]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    ahead = Ahead(source(), size=1, name="test")
+    ahead.get(timeout_s=5)
+
+    assert ahead.close(timeout_s=5)
+    assert closed.is_set()

@@ -6,11 +6,17 @@ from pipelines.hashing import hash_words, uniform
 def test_the_hash_is_the_same_for_ever() -> None:
     # Saved runs depend on these numbers: a change here is a new algorithm, not a fix.
     assert hash_words(1, 2, 3).tolist() == [15020427595393229491]
-    assert hash_words(2**63 - 1, -1, np.arange(2)).tolist() == [1458263492361685116, 4833742129696503757]
+    assert hash_words(2**63 - 1, -1, np.arange(2)).tolist() == [
+        1458263492361685116,
+        4833742129696503757,
+    ]
 
 
 def test_word_order_and_every_word_matter() -> None:
-    seen = {int(hash_words(*words)[0]) for words in [(1, 2, 3), (3, 2, 1), (1, 2, 4), (1, 2), (0, 1, 2, 3)]}
+    seen = {
+        int(hash_words(*words)[0])
+        for words in [(1, 2, 3), (3, 2, 1), (1, 2, 4), (1, 2), (0, 1, 2, 3)]
+    }
 
     assert len(seen) == 5
 

@@ -55,7 +55,12 @@ def test_the_parts_of_all_ranks_are_the_global_batch(world_size: int) -> None:
 
     for batch in range(order.epoch_length // 12):
         parts = [
-            ids(order, samples, 1, *rank_positions(batch, global_batch_size=12, rank=r, world_size=world_size))
+            ids(
+                order,
+                samples,
+                1,
+                *rank_positions(batch, global_batch_size=12, rank=r, world_size=world_size),
+            )
             for r in range(world_size)
         ]
 

@@ -48,7 +48,9 @@ def test_a_cut_image_is_bad(format: str) -> None:
 def test_another_size_than_the_index_says_is_bad(format: str) -> None:
     width, height = size_of(1)
 
-    found = damage(bytes_of(picture(1, format=format)), width=width + 1, height=height, orientation=1)
+    found = damage(
+        bytes_of(picture(1, format=format)), width=width + 1, height=height, orientation=1
+    )
 
     assert found == f"is {width} x {height} pixels, but the index says {width + 1} x {height}"
 
@@ -65,7 +67,10 @@ def test_a_jpeg_with_a_damaged_header_is_bad() -> None:
     data = bytearray(picture(1))
     data[2:600] = bytes(598)
 
-    assert damage(bytes_of(bytes(data)), width=80, height=80, orientation=1) == "JPEG with a damaged header"
+    assert (
+        damage(bytes_of(bytes(data)), width=80, height=80, orientation=1)
+        == "JPEG with a damaged header"
+    )
 
 
 def test_substitutes_are_the_block_s_others_and_then_the_next_block_s() -> None:

@@ -33,10 +33,32 @@ def test_the_recipes_are_the_published_ones() -> None:
 
     assert v1.crop_area_frac == v2_.crop_area_frac == (0.2, 1.0)
     assert v1.crop_ratio == v2_.crop_ratio == (3 / 4, 4 / 3)
-    assert (v1.jitter_prob, v1.brightness, v1.contrast, v1.saturation, v1.hue) == (1, 0.4, 0.4, 0.4, 0.4)
-    assert (v2_.jitter_prob, v2_.brightness, v2_.contrast, v2_.saturation, v2_.hue) == (0.8, 0.4, 0.4, 0.4, 0.1)
-    assert (v1.gray_prob, v1.blur_prob, v1.flip_horizontal_prob, v1.flip_vertical_prob) == (0.2, 0, 0.5, 0)
-    assert (v2_.gray_prob, v2_.blur_prob, v2_.flip_horizontal_prob, v2_.flip_vertical_prob) == (0.2, 0.5, 0.5, 0)
+    assert (v1.jitter_prob, v1.brightness, v1.contrast, v1.saturation, v1.hue) == (
+        1,
+        0.4,
+        0.4,
+        0.4,
+        0.4,
+    )
+    assert (v2_.jitter_prob, v2_.brightness, v2_.contrast, v2_.saturation, v2_.hue) == (
+        0.8,
+        0.4,
+        0.4,
+        0.4,
+        0.1,
+    )
+    assert (v1.gray_prob, v1.blur_prob, v1.flip_horizontal_prob, v1.flip_vertical_prob) == (
+        0.2,
+        0,
+        0.5,
+        0,
+    )
+    assert (v2_.gray_prob, v2_.blur_prob, v2_.flip_horizontal_prob, v2_.flip_vertical_prob) == (
+        0.2,
+        0.5,
+        0.5,
+        0,
+    )
     assert v2_.blur_sigma == (0.1, 2.0)
 
 
@@ -89,7 +111,9 @@ def test_crops_are_distributed_as_those_of_torchvision(size: tuple[int, int]) ->
     theirs = np.array(
         [
             [box["left"], box["top"], box["width"], box["height"]]
-            for box in (v2.RandomResizedCrop(8, scale=(0.2, 1.0)).make_params([image]) for _ in range(4000))
+            for box in (
+                v2.RandomResizedCrop(8, scale=(0.2, 1.0)).make_params([image]) for _ in range(4000)
+            )
         ]
     )
 
@@ -180,7 +204,12 @@ def test_a_grayscale_view_has_three_equal_channels() -> None:
 def test_the_evaluation_view_is_the_middle_seven_eighths() -> None:
     params = evaluation_views(np.array([[256, 256], [512, 256], [100, 80], [1, 9]], dtype=np.int32))
 
-    assert params.crop.tolist() == [[16, 16, 224, 224], [144, 16, 224, 224], [15, 5, 70, 70], [0, 4, 1, 1]]
+    assert params.crop.tolist() == [
+        [16, 16, 224, 224],
+        [144, 16, 224, 224],
+        [15, 5, 70, 70],
+        [0, 4, 1, 1],
+    ]
     assert not params.flip.any()
     assert not params.sigma.any()
 

@@ -64,7 +64,7 @@ def good_images() -> dict[str, Good]:
     opaque = rgb.convert("RGBA")
     deep = (np.asarray(rgb.convert("L")).astype(np.uint16) * 257).astype(np.uint16)
     gray_alpha = clear.convert("LA")
-    palette = rgb.quantize(16)
+    palette = rgb.quantize(64)
     frames = [picture(seed) for seed in (2, 3)]
     turned = (HEIGHT, WIDTH)
     mpo = io.BytesIO()
@@ -73,7 +73,7 @@ def good_images() -> dict[str, Good]:
         "jpeg": Good(data=jpeg(1), format="jpeg"),
         "jpeg-progressive": Good(data=jpeg(1, progressive=True), format="jpeg"),
         "jpeg-gray": Good(data=encode(picture(1, mode="L"), "JPEG"), format="jpeg"),
-        "jpeg-420": Good(data=jpeg(1, subsampling=2), format="jpeg"),
+        "jpeg-422": Good(data=jpeg(1, subsampling=1), format="jpeg"),
         "jpeg-one-pixel": Good(
             data=encode(picture(size=(1, 1)), "JPEG"), format="jpeg", size=(1, 1)
         ),
@@ -190,7 +190,7 @@ def spoilt_images() -> dict[str, tuple[bytes, str]]:
         "no-end.jpg": (whole[:-2], "truncated"),
         "half-with-thumbnail.jpg": (with_thumbnail[: len(with_thumbnail) // 2], "truncated"),
         "half-header.jpg": (whole[:300], "truncated"),
-        "half-with-end.jpg": (noisy[: len(noisy) // 2] + b"\xff\xd9", "corrupt"),
+        "half-with-end.jpg": (noisy[: len(noisy) // 2] + b"\xff\xd9", "truncated"),
         "zero-tail.jpg": (noisy[: len(noisy) // 2] + bytes(len(noisy) // 2), "truncated"),
         "overwritten.jpg": (_overwrite(noisy, len(noisy) // 2, 200), "corrupt"),
         "no-height.jpg": (_jpeg_size(whole, WIDTH, 0), "corrupt"),
