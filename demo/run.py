@@ -47,7 +47,7 @@ def main() -> int:
 def _run(stack: ExitStack, *, images: str, out: Path, processes: int) -> None:
     environment = dict(os.environ)
     if images.startswith("s3://"):
-        # One endpoint a process: with the images on your S3, the shards and the run stay in a folder.
+        # One endpoint a process: with the images on your S3, shards and run stay in a folder.
         source, base, labels = images, str(out.absolute()), "folder"
     else:
         print("Starting a local S3 server (SeaweedFS) ...", flush=True)

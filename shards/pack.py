@@ -51,6 +51,8 @@ from shards.tar import Member, build_tar, sample_key
 logger = logging.getLogger(__name__)
 
 _PROBE = "_probe"
+# So many refusals of so many objects are no chance, even in a bucket of which little may be read.
+_REFUSALS_ENOUGH = 200
 _MARKERS_AT_ONCE = 16
 _MOST_PIXELS = 178_956_970  # Pillow opens nothing larger
 
@@ -275,7 +277,7 @@ def _fetch_all(
                     found = fetches[number].result()
                 except AccessError as err:
                     refused.append((row, err))
-                    if readable is None and len(refused) >= threads:
+                    if readable is None and len(refused) == _REFUSALS_ENOUGH:
                         raise
                     continue
                 finally:

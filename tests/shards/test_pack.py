@@ -421,15 +421,31 @@ def test_an_object_that_alone_is_refused_is_forbidden(tmp_path: Path) -> None:
     assert marker.record.samples == 5
 
 
-def test_refusals_only_stop_the_run_at_once_and_blame_no_object(tmp_path: Path) -> None:
-    contents = {f"{n:03}.jpg": jpeg(n) for n in range(60)}
+@pytest.mark.parametrize("count", [1, 3, 230])
+def test_refusals_only_stop_the_run_and_blame_no_object(tmp_path: Path, count: int) -> None:
+    contents = {f"{n:03}.jpg": jpeg(n) for n in range(count)}
     raw, store, plan = planned(tmp_path, contents)
     raw.refuse = set(contents)
 
     with pytest.raises(AccessError, match="credentials"):
         work(raw, store, plan)
 
-    assert sum(raw.reads.values()) < 30
+    assert max(raw.reads.values()) == 1, "none was tried twice"
+    assert not list((tmp_path / "set").glob("_commit/*"))
+
+
+def test_credentials_that_expire_on_the_way_blame_no_object(tmp_path: Path) -> None:
+    contents = {f"{n:03}.jpg": jpeg(n) for n in range(12)}
+    raw, store, plan = planned(tmp_path, contents)
+
+    def expired(path: str) -> Any:
+        raise AccessError(f"{path}: access denied; check the credentials")
+
+    raw.head = expired  # type: ignore[method-assign]
+    raw.refuse = set(list(contents)[:5])
+
+    with pytest.raises(AccessError, match="credentials"):
+        work(raw, store, plan, threads=1)
     assert not list((tmp_path / "set").glob("_commit/*"))
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from shards.errors import (
     UnreachableError,
 )
 from shards.store import Store, open_store
+from tests.support.faulty_proxy import FaultyProxy
 
 HOSTILE = [
     "a b.jpg",
@@ -324,3 +326,49 @@ def test_a_long_s3_listing_comes_in_pages_and_whole(s3: LocalS3) -> None:
 
     assert paths(store) == names
     assert paths(store, start_after="01050") == names[1051:]
+
+
+@pytest.mark.s3
+def test_answers_that_break_off_are_asked_for_again(
+    s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3.make_bucket("broken-answers"))
+    names = [f"{number:05}" for number in range(1500)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: store.put(name, name.encode()), names))
+    content = bytes(range(256)) * 400
+    store.put("object", content)
+    broken: Counter[str] = Counter()
+
+    def break_off_twice(method: str, path: str) -> bool:
+        # The second page of a listing, and every first look at an object.
+        if method == "GET" and ("continuation-token" in path or "/object" in path):
+            broken[path.partition("?")[0]] += 1
+            return broken[path.partition("?")[0]] <= 2
+        return False
+
+    with FaultyProxy(s3.endpoint, break_off_twice) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        faulty = open_store("s3://broken-answers")
+        assert paths(faulty) == [*names, "object"]
+        assert bytes(faulty.read("object")) == content
+        broken.clear()
+        found = faulty.read_ranges("object", [10, 50_000], [20_000, 90_000])
+        assert [bytes(part) for part in found] == [content[10:20_000], content[50_000:90_000]]
+    assert broken["/broken-answers/object"] >= 3
+
+
+@pytest.mark.s3
+def test_answers_that_always_break_off_end_in_an_error_and_never_in_less(
+    s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3.make_bucket("always-broken"))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: store.put(f"{number:05}", b"12345678"), range(1100)))
+
+    with FaultyProxy(s3.endpoint, lambda *request: "token" in request[1]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        faulty = open_store("s3://always-broken")
+        with pytest.raises(UnreachableError, match="s3://always-broken") as caught:
+            paths(faulty)
+    assert "\n" not in str(caught.value)
