@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import metadata
@@ -270,24 +270,26 @@ def _fetch_all(
     refused: list[tuple[dict[str, Any], AccessError]] = []
     readable: str | None = None
     with ThreadPoolExecutor(threads) as pool:
+        fetches: list[Future[Bytes | Rejection] | None]
         fetches = [pool.submit(_fetch, raw, row) for row in rows]
         try:
             for number, row in enumerate(rows):
+                fetch = fetches[number]
+                fetches[number] = None  # frees the bytes, once they are used
+                assert fetch is not None, "each is taken once"
                 try:
-                    found = fetches[number].result()
+                    found = fetch.result()
                 except AccessError as err:
                     refused.append((row, err))
                     if readable is None and len(refused) == _REFUSALS_ENOUGH:
                         raise
                     continue
-                finally:
-                    fetches[number] = None  # type: ignore[call-overload]  # frees the bytes
                 if not isinstance(found, Rejection):
                     readable = row["path"]
                 yield row, found
         finally:
-            for fetch in filter(None, fetches):
-                fetch.cancel()
+            for waiting in filter(None, fetches):
+                waiting.cancel()
     if not refused:
         return
     if readable is None:

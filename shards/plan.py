@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import md5
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
@@ -193,12 +195,12 @@ def _leave_out(
 ) -> tuple[pa.Table, pa.Table]:
     """What is packed, and what is rejected unseen: empty, too large, or a duplicate."""
     sizes = listed.column("size").to_numpy()
-    left_out = dict.fromkeys(np.flatnonzero(sizes == 0).tolist(), (Reason.EMPTY, "0 bytes"))
-    for row in np.flatnonzero(sizes > settings.max_object_bytes).tolist():
+    is_empty, is_huge = sizes == 0, sizes > settings.max_object_bytes
+    left_out = dict.fromkeys(np.flatnonzero(is_empty).tolist(), (Reason.EMPTY, "0 bytes"))
+    for row in np.flatnonzero(is_huge).tolist():
         detail = f"{sizes[row]:,} bytes, limit {settings.max_object_bytes:,}"
         left_out[row] = (Reason.TOO_LARGE, detail)
-    candidates = np.setdiff1d(np.arange(len(sizes)), np.fromiter(left_out, np.int64, len(left_out)))
-    for row, kept in _duplicates(listed, candidates, source):
+    for row, kept in _duplicates(listed, np.flatnonzero(~is_empty & ~is_huge), source):
         detail = f"same bytes as {source.uri(listed.column('path')[kept].as_py())}"
         left_out[row] = (Reason.DUPLICATE, detail)
     dropped = sorted(left_out)
@@ -213,7 +215,7 @@ def _leave_out(
 
 def _duplicates(
     listed: pa.Table, candidates: NDArray[np.int64], source: Store
-) -> list[tuple[int, int]]:
+) -> Iterator[tuple[int, int]]:
     """Rows with the same bytes as an earlier row, each with that row.
 
     Equal means equal size and equal MD5, which S3 gives as the ETag of a plain single PUT. Where
@@ -221,22 +223,25 @@ def _duplicates(
     """
     sizes = listed.column("size").to_numpy()[candidates]
     _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-    shared = candidates[counts[inverse] > 1].tolist()
+    rows = pa.array(candidates[counts[inverse] > 1])
+    shared = listed.take(rows).append_column("row", rows)
+    shared = shared.append_column("md5", _md5s(shared, source))
+    groups = shared.group_by(["size", "md5"]).aggregate([("row", "list"), ("row", "count")])
+    for equal in groups.filter(pc.greater(groups["row_count"], 1))["row_list"].to_pylist():
+        first, *others = sorted(equal)
+        yield from ((row, first) for row in others)
+
+
+def _md5s(objects: pa.Table, source: Store) -> pa.Array:
+    """MD5 of each object: its ETag where that is one, else by reading the object."""
+    found = objects.column("etag").to_pylist()
     is_s3 = source.url.startswith("s3://")
-    etags, paths = listed.column("etag"), listed.column("path")
-
-    def content(row: int) -> str:
-        etag = etags[row].as_py()
-        return etag if is_s3 and _is_md5(etag) else _read_md5(source, paths[row].as_py())
-
-    first: dict[tuple[int, str], int] = {}
-    found = []
+    unknown = [row for row, etag in enumerate(found) if not (is_s3 and _is_md5(etag))]
+    paths = objects.column("path").take(pa.array(unknown, pa.int64())).to_pylist()
     with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
-        for row, key in zip(shared, pool.map(content, shared), strict=True):
-            kept = first.setdefault((listed.column("size")[row].as_py(), key), row)
-            if kept != row:
-                found.append((row, kept))
-    return found
+        for row, key in zip(unknown, pool.map(partial(_read_md5, source), paths), strict=True):
+            found[row] = key
+    return pa.array(found, pa.string())
 
 
 def _is_md5(etag: str | None) -> bool:
