@@ -101,6 +101,8 @@ def _pack(arguments: list[str]) -> int:
 
 
 def _print_pack_report(report: PackReport) -> None:
+    if report.was_complete:
+        console.print("already complete, nothing done")
     rate = report.packed / report.seconds if report.seconds else 0.0
     console.print(
         f"listed {report.listed:,} = packed {report.packed:,} + rejected "

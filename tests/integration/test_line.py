@@ -40,6 +40,9 @@ def test_every_listed_object_is_packed_or_rejected_with_its_reason(line: Line) -
     }
 
 
+# webdataset leaves the tars it has read open, for the garbage collector to close.
+@pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_tar_and_webdataset_read_the_shards(line: Line, tmp_path: Path) -> None:
     shard_set = ShardSet.open(line.shard_set)
     copies = []
@@ -65,6 +68,7 @@ def test_tar_and_webdataset_read_the_shards(line: Line, tmp_path: Path) -> None:
         assert samples[0]["jpg"] == first.read()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_streams_the_shards_straight_from_s3(line: Line) -> None:
     import s3fs  # the other door to the same bucket, by its own settings
 
