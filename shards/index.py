@@ -84,7 +84,21 @@ def read_index(data: Bytes, *, where: str) -> ShardIndex:
 def read_table(data: Bytes, *, where: str, columns: list[str] | None = None) -> pa.Table:
     """Any columns of an index. Raises FormatError if `data` is no index or lacks a column."""
     try:
-        return pq.read_table(pa.BufferReader(data), columns=columns)
+        table = parquet_table(data, columns=columns)
     except (pa.ArrowException, OSError) as err:
         said = str(err).splitlines()[0]
         raise FormatError(f"{where}: not a readable index ({said}); pack again") from err
+    missing = [name for name in columns or () if name not in table.column_names]
+    if missing:
+        raise FormatError(f"{where}: an index without the column {missing[0]!r}; pack again")
+    return table
+
+
+def parquet_table(data: Bytes, *, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file out of memory, read by the calling thread alone.
+
+    Arrow's own threads would let go of Python's buffer some time later; if the interpreter is
+    ending by then, the process aborts ("terminate called without an active exception").
+    """
+    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    return file.read(columns=columns, use_threads=False)

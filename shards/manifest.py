@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shards.errors import FormatError, NotFoundError
 from shards.index import SCHEMA as INDEX_SCHEMA
-from shards.index import ShardIndex, read_index, read_table
+from shards.index import ShardIndex, parquet_table, read_index, read_table
 from shards.store import Store, open_store
 
 MANIFEST = "manifest.parquet"
@@ -120,7 +120,7 @@ class ShardSet:
                 "run 'moco-scale pack SOURCE SHARD_SET' first (or again, if it was interrupted)"
             ) from err
         try:
-            shards = pq.read_table(pa.BufferReader(data))
+            shards = parquet_table(data)
             version = (shards.schema.metadata or {})[b"format_version"].decode()
             if version != FORMAT_VERSION:
                 raise FormatError(
@@ -175,7 +175,7 @@ class ShardSet:
     def rejections(self) -> pa.Table:
         """uri, size in bytes, reason and detail of every object that was left out."""
         try:
-            return pq.read_table(pa.BufferReader(self.store.read(REJECTIONS)))
+            return parquet_table(self.store.read(REJECTIONS))
         except NotFoundError:
             return REJECTION_SCHEMA.empty_table()  # an adopted set has none
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from shards.errors import AccessError, AlreadyExistsError, NotFoundError, PlanError
 from shards.images import Reason
+from shards.index import parquet_table
 from shards.store import Store
 from shards.tar import padded_bytes
 
@@ -64,11 +65,12 @@ class Plan:
     def rows(self, store: Store, shard: int) -> pa.Table:
         """The objects of one shard, in order: path, size in bytes, etag."""
         data = store.read(_part(shard // SHARDS_PER_PART, self.plan_id))
-        return pq.ParquetFile(pa.BufferReader(data)).read_row_group(shard % SHARDS_PER_PART)
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        return file.read_row_group(shard % SHARDS_PER_PART, use_threads=False)
 
     def left_out(self, store: Store) -> pa.Table:
         """The objects that need no fetching to be rejected, with reason and detail."""
-        return pq.read_table(pa.BufferReader(store.read(_dropped(self.plan_id))))
+        return parquet_table(store.read(_dropped(self.plan_id)))
 
 
 def make_plan(catalog: Path, source: Store, settings: PlanSettings, *, store: Store) -> Plan:
