@@ -67,7 +67,7 @@ def trial(server: LocalS3, *, epochs: int | None) -> list[str]:
         run = f"{base}/seed{seed}"
         more = ["--optim.epochs", str(epochs)] if epochs else []
         _call(
-            *("pretrain", "--preset", PRESET, "--data", f"{base}/shards", "--run", run),
+            *("pretrain", "--preset", PRESET, "--data", f"{base}/shards", "--out", run),
             *("--run.seed", str(seed), *more),
         )
         _call(

@@ -70,7 +70,7 @@ def _run(stack: ExitStack, *, images: str, out: Path, processes: int) -> None:
     _call([*one, "pack", source, shard_set], environment)
     _call([*one, "info", shard_set], environment)
     _call(
-        [*launch, "pretrain", "--preset", "smoke", "--data", shard_set, "--run", run], environment
+        [*launch, "pretrain", "--preset", "smoke", "--data", shard_set, "--out", run], environment
     )
     try:
         _call([*one, "evaluate", run, "--labels", labels], environment)

@@ -33,7 +33,7 @@ Self-supervised pretraining (MoCo) straight from a bucket of raw images.
 
   pack SOURCE SHARD_SET      build shards from a raw bucket or folder
   info SHARD_SET             what is in a shard set
-  pretrain --data SHARD_SET --run RUN
+  pretrain --data SHARD_SET --out RUN
                              train an encoder; also under torchrun:
                              torchrun --nproc-per-node 8 -m moco_scale pretrain ...
   evaluate RUN --labels CSV  kNN beside pixels and a random encoder

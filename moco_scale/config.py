@@ -26,7 +26,7 @@ class TrainConfig:
 
     Defaults < presets, left to right < flags. `--preset` takes a name (see moco_scale/presets), a
     TOML file or a run's config.json, and may be given several times. `--data URL` is short for
-    `--data.shards`, `--run URL` for `--run.url`.
+    `--data.shards`, `--out URL` for `--run.url`.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -45,7 +45,7 @@ class TrainConfig:
             raise ConfigError("no shard set: give --data URL (the SHARD_SET of 'moco-scale pack')")
         if not self.run.url:
             raise ConfigError(
-                "no place for the run: give --run URL, where checkpoints and metrics go"
+                "no place for the run: give --out URL, where checkpoints and metrics go"
             )
         if model.queue_size < data.global_batch_size:
             raise ConfigError(
@@ -115,7 +115,8 @@ def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def _long_form(argument: str) -> str:
-    for short, long in (("--data", "--data.shards"), ("--run", "--run.url")):
+    # Not `--run`: before Python 3.12.7 torchrun takes it for its own `--run-path`, also behind -m.
+    for short, long in (("--data", "--data.shards"), ("--out", "--run.url")):
         if argument == short or argument.startswith(f"{short}="):
             return long + argument[len(short) :]
     return argument

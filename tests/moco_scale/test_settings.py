@@ -1,10 +1,12 @@
 """Settings are layered strictly: a typo is an error with the right name, never a silent default."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from moco_scale.config import TrainConfig, load_config, to_mapping
 from moco_scale.errors import ConfigError
@@ -58,13 +60,25 @@ def test_what_cannot_be_right_is_refused_by_name(values: dict[str, object], expe
     assert expected in str(refused.value)
 
 
+def test_torchrun_passes_every_flag_of_ours_on() -> None:
+    flags = ["--preset", "--data", "--out"]
+    for section, table in get_type_hints(TrainConfig).items():
+        names = [field.name for field in dataclasses.fields(table)]
+        flags += [f"--{section}.{name.replace('_', '-')}" for name in names]
+
+    for flag in flags:
+        ours = ["moco_scale", "pretrain", flag, "x"]
+        parsed = get_args_parser().parse_args(["--nproc-per-node", "2", "-m", *ours])
+        assert [parsed.training_script, *parsed.training_script_args] == ours
+
+
 def test_later_presets_and_flags_win(tmp_path: Path) -> None:
     first, second = tmp_path / "a.toml", tmp_path / "b.toml"
     first.write_text('[model]\nqueue_size = 10\nmomentum = 0.5\n[data]\nshards = "x"\n')
     second.write_text("[model]\nqueue_size = 20\n")
 
     config = load_config(
-        ["--preset", str(first), "--preset", str(second), "--model.dim", "7", "--run", "there"]
+        ["--preset", str(first), "--preset", str(second), "--model.dim", "7", "--out", "there"]
     )
 
     assert config.model.queue_size == 20
@@ -77,7 +91,7 @@ def test_later_presets_and_flags_win(tmp_path: Path) -> None:
 def test_a_saved_run_is_a_preset(tmp_path: Path) -> None:
     import json
 
-    config = load_config(["--preset", "smoke", "--data=s3://b/set", "--run", "s3://b/run"])
+    config = load_config(["--preset", "smoke", "--data=s3://b/set", "--out", "s3://b/run"])
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps(to_mapping(config)))
 
@@ -109,7 +123,7 @@ def test_a_wrong_flag_is_a_usage_error_in_one_line() -> None:
     ("flags", "expected"),
     [
         (["--data", ""], "--data URL"),
-        (["--run", ""], "--run URL"),
+        (["--out", ""], "--out URL"),
         (["--model.queue-size", "64"], "model.queue_size 64"),
         (["--model.shuffle-domain", "96"], "model.shuffle_domain 96"),
     ],
@@ -117,7 +131,7 @@ def test_a_wrong_flag_is_a_usage_error_in_one_line() -> None:
 def test_settings_that_do_not_fit_together_are_refused_once_all_are_known(
     flags: list[str], expected: str
 ) -> None:
-    config = load_config(["--preset", "smoke", "--data", "s", "--run", "r", *flags])
+    config = load_config(["--preset", "smoke", "--data", "s", "--out", "r", *flags])
 
     with pytest.raises(ConfigError) as refused:
         config.validate(world_size=1)
@@ -126,7 +140,7 @@ def test_settings_that_do_not_fit_together_are_refused_once_all_are_known(
 
 
 def test_a_world_that_cuts_bn_groups_is_refused_with_the_allowed_ones() -> None:
-    config = load_config(["--preset", "smoke", "--data", "s", "--run", "r"])
+    config = load_config(["--preset", "smoke", "--data", "s", "--out", "r"])
 
     with pytest.raises(ConfigError, match="1, 2, 4"):
         config.validate(world_size=3)

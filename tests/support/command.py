@@ -58,4 +58,4 @@ def torchrun(
 
 def pretrain_arguments(preset: Path, shard_set: str, run: str, *more: str) -> Sequence[str]:
     """The arguments of a tiny training run."""
-    return ("pretrain", "--preset", str(preset), "--data", shard_set, "--run", run, *more)
+    return ("pretrain", "--preset", str(preset), "--data", shard_set, "--out", run, *more)
