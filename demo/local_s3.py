@@ -34,7 +34,10 @@ class LocalS3:
         self._folder = Path(tempfile.mkdtemp(prefix="moco-s3-")) if folder is None else folder
         self._identities = list(identities)
         self._process: subprocess.Popen[bytes] | None = None
+        self._ports: Sequence[int] = ()
         self.endpoint = ""
+        self.filer = ""
+        """Base URL of plain HTTP: an object is at FILER/buckets/BUCKET/KEY, without credentials."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -80,9 +83,14 @@ class LocalS3:
         if remove and self._own_folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self) -> bool:
+    def restart(self) -> None:
+        """Bring a killed server back."""
+        if not self._start(self._ports):
+            raise RuntimeError("the local S3 server did not come back on its ports")
+
+    def _start(self, ports: Sequence[int] = ()) -> bool:
         self._folder.mkdir(parents=True, exist_ok=True)
-        ports = _free_ports(9)
+        self._ports = ports = ports or _free_ports(9)
         # SeaweedFS dials its admin's gRPC at port + 10000 whatever is configured.
         names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc"]
         names += ["filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc", "admin.port"]
@@ -112,6 +120,7 @@ class LocalS3:
             f"-s3.config={settings}",
         ]
         self.endpoint = f"http://127.0.0.1:{ports[6]}"
+        self.filer = f"http://127.0.0.1:{ports[4]}"
         with (self._folder / "weed.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True

@@ -10,6 +10,8 @@ import errno
 import logging
 import os
 import re
+import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,17 +25,21 @@ from shards.errors import (
     NotFoundError,
     StoreError,
 )
-from shards.objects import LISTING, Bytes, ObjectInfo
+from shards.objects import LISTING, Bytes, ObjectInfo, StoreStats
 
 logger = logging.getLogger(__name__)
 
-_UNFINISHED = ".moco-scale-unfinished-"
+UNFINISHED = ".moco-scale-unfinished-"
 _ROWS_PER_BATCH = 10_000
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class FolderStore:
     """Files below a folder, which the first write makes; links are followed.
+
+    A listing walks each real folder once. One inside the root is listed under its own path, one
+    outside under the first link to it; other links to it, and links to what is above the root, are
+    not followed: a warning names each, and `unfollowed_links` is how many there were.
 
     A name that is not UTF-8 is listed, and read, with its odd bytes as \\xNN. The ETag of
     a file is its modification time, size and inode: it tells a change, not the content.
@@ -43,6 +49,23 @@ class FolderStore:
         self.url = str(folder)
         self._folder = folder
         self._made = False
+        self._unfollowed: set[str] = set()
+        self._lock = threading.Lock()
+        self._requests = self._read_bytes = self._written_bytes = 0
+
+    @property
+    def unfollowed_links(self) -> int:
+        return len(self._unfollowed)
+
+    def stats(self) -> StoreStats:
+        with self._lock:
+            return StoreStats(
+                requests=self._requests,
+                retries=0,
+                throttles=0,
+                read_bytes=self._read_bytes,
+                written_bytes=self._written_bytes,
+            )
 
     def uri(self, path: str) -> str:
         return f"{self.url}/{path}"
@@ -58,7 +81,8 @@ class FolderStore:
         if not top.is_dir():
             return
         rows: list[ObjectInfo | str] = []
-        for row in self._walk(top, f"{prefix}/" if prefix else "", above=(), deep=not delimiter):
+        walked: set[tuple[int, int]] = set()
+        for row in self._walk(top, f"{prefix}/" if prefix else "", walked, deep=not delimiter):
             if start_after is None or (row if isinstance(row, str) else row.path) > start_after:
                 rows.append(row)
             if len(rows) == _ROWS_PER_BATCH:
@@ -68,13 +92,16 @@ class FolderStore:
             yield _batch(rows)
 
     def head(self, path: str) -> ObjectInfo:
+        self._count()
         with self._errors(path):
             return _info(path, self._file(path).stat())
 
     def read(self, path: str, *, if_match: str | None = None) -> Bytes:
         with self._errors(path), self._file(path).open("rb") as file:
             self._check(path, os.fstat(file.fileno()), if_match)
-            return file.read()
+            data = file.read()
+        self._count(read=len(data))
+        return data
 
     def read_ranges(
         self,
@@ -93,6 +120,7 @@ class FolderStore:
                 if len(data) != end - start:
                     raise ChangedError(f"{self.uri(path)}: ends before byte {end}")
                 found.append(data)
+        self._count(read=sum(map(len, found)))
         return found
 
     def put(
@@ -101,17 +129,14 @@ class FolderStore:
         target = self._file(path)
         with self._errors(path):
             if not self._folder.is_dir():
-                self._folder.mkdir(parents=True)
+                self._folder.mkdir(parents=True, exist_ok=True)  # threads may race
                 self._made = True
             target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = target.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
+            unfinished = target.parent / f"{UNFINISHED}{uuid.uuid4().hex}"
+            parts: Sequence[Bytes] = buffers if isinstance(buffers, list | tuple) else [buffers]
             try:
                 with unfinished.open("xb") as file:
-                    parts: Sequence[Bytes] = (
-                        buffers if isinstance(buffers, list | tuple) else [buffers]
-                    )
-                    for part in parts:
-                        file.write(part)
+                    written = sum(file.write(part) for part in parts)
                     file.flush()
                     os.fsync(file.fileno())
                     etag = _etag(os.fstat(file.fileno()))
@@ -121,11 +146,26 @@ class FolderStore:
                     unfinished.replace(target)
             finally:
                 unfinished.unlink(missing_ok=True)
+        self._count(written=written)
         return etag
+
+    def copy(self, source: str, target: str) -> None:
+        place = self._file(target)
+        with self._errors(source):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = place.parent / f"{UNFINISHED}{uuid.uuid4().hex}"
+            try:
+                shutil.copyfile(self._file(source), unfinished)
+                with unfinished.open("rb") as file:
+                    os.fsync(file.fileno())
+                unfinished.replace(place)
+            finally:
+                unfinished.unlink(missing_ok=True)
 
     def delete(self, paths: Sequence[str]) -> None:
         """Folders that this empties go too, as in an object store, which has none."""
         for path in paths:
+            self._count()
             target = self._file(path)
             with self._errors(path):
                 target.unlink(missing_ok=True)
@@ -140,25 +180,28 @@ class FolderStore:
                     break
 
     def _walk(
-        self, folder: Path, prefix: str, *, above: tuple[tuple[int, int], ...], deep: bool
+        self, folder: Path, prefix: str, walked: set[tuple[int, int]], *, deep: bool
     ) -> "Iterator[ObjectInfo | str]":
         """Files in the order of their paths; when not deep, names of folders with a slash, too."""
+        self._count()
         with self._errors(prefix):
             own = folder.stat()
-            if (own.st_dev, own.st_ino) in above:
-                logger.warning("%s: a link to a folder above itself; not followed", folder)
+            if (own.st_dev, own.st_ino) in walked:
+                self._leave_out(folder, "listed already under another name")
                 return
+            walked.add((own.st_dev, own.st_ino))
             with os.scandir(folder) as entries:
                 named = sorted((_shown(e.name) + "/" * e.is_dir(), e) for e in entries)
         for name, entry in named:
-            if entry.name.startswith(_UNFINISHED):
+            if entry.name.startswith(UNFINISHED):
                 continue
             if name.endswith("/"):
+                if entry.is_symlink() and self._is_reached_without(entry.path):
+                    continue
                 if not deep:
                     yield prefix + name
                     continue
-                inside = (*above, (own.st_dev, own.st_ino))
-                yield from self._walk(Path(entry.path), prefix + name, above=inside, deep=True)
+                yield from self._walk(Path(entry.path), prefix + name, walked, deep=True)
                 continue
             try:
                 is_file, found = entry.is_file(), entry.stat()
@@ -167,6 +210,27 @@ class FolderStore:
                 continue
             if is_file:
                 yield _info(prefix + name, found)
+
+    def _is_reached_without(self, link: str) -> bool:
+        """Whether a link to a folder shows nothing new, or the whole root anew."""
+        real, root = os.path.realpath(link), os.path.realpath(self._folder)
+        if Path(real).is_relative_to(root):
+            self._leave_out(link, "leads to a folder inside the root, which is listed by itself")
+            return True
+        if Path(root).is_relative_to(real):
+            self._leave_out(link, "leads to a folder above the root")
+            return True
+        return False
+
+    def _leave_out(self, folder: Path | str, why: str) -> None:
+        self._unfollowed.add(str(folder))
+        logger.warning("%s: not followed: %s", folder, why)
+
+    def _count(self, *, read: int = 0, written: int = 0) -> None:
+        with self._lock:
+            self._requests += 1
+            self._read_bytes += read
+            self._written_bytes += written
 
     def _file(self, path: str) -> Path:
         if not path or any(part in ("", ".", "..") for part in path.split("/")) or "\0" in path:

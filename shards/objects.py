@@ -1,8 +1,8 @@
-"""What stores say of objects: one object's facts, and the columns of a listing."""
+"""What stores say: one object's facts, the columns of a listing, and what it took."""
 
 import datetime
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 
@@ -28,3 +28,34 @@ class ObjectInfo:
     size: int
     etag: str
     modified: datetime.datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreStats:
+    """What one store was asked for since it was opened, all threads together."""
+
+    requests: int
+    """Attempts, retries included; a listing counts one for each thousand objects."""
+    retries: int
+    """Attempts that followed a failed one of the same request."""
+    throttles: int
+    """Answers that said to slow down (429, 503)."""
+    read_bytes: int
+    written_bytes: int
+
+
+class RejectedObject(NamedTuple):
+    """An object that was listed and is not packed."""
+
+    uri: str
+    size: int | None
+    """Bytes; None where the listing did not say."""
+    etag: str | None
+    reason: str
+    """One of `shards.images.Reason`."""
+    detail: str
+
+
+def shown(name: str) -> str:
+    """A name fit for a terminal or a log: what does not print is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

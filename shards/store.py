@@ -1,27 +1,36 @@
 """The one door to object storage: a URL becomes a `Store` that lists, reads, writes and deletes."""
 
-import datetime
-import logging
 import os
-import random
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from urllib.parse import unquote
 
-import boto3
 import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+)
+from botocore.exceptions import ConnectionError as BotoConnectionError
 from obstore import exceptions as refused
-from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.store import MemoryStore, S3Store, from_url
 
+from shards.backoff import DEADLINE_S, FEW, Refusal, Requests, WrongAnswer, limiter_of
+from shards.boto_s3 import (
+    Credentials,
+    OddKeys,
+    bucket_region,
+    is_odd,
+    machine_region,
+    session_and_client,
+)
 from shards.errors import (
     AccessError,
     AlreadyExistsError,
@@ -31,29 +40,25 @@ from shards.errors import (
     UnreachableError,
 )
 from shards.folder import FolderStore
-from shards.objects import LISTING, Bytes, ObjectInfo
+from shards.fsspec_store import FsspecStore, knows
+from shards.objects import LISTING, Bytes, ObjectInfo, StoreStats
 
-__all__ = ["LISTING", "Bytes", "ObjectInfo", "ObjectStore", "Store", "open_store"]
+__all__ = [
+    "LISTING",
+    "Bytes",
+    "ObjectInfo",
+    "ObjectStore",
+    "Store",
+    "StoreStats",
+    "bucket_region",
+    "machine_region",
+    "open_store",
+]
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-ATTEMPTS = 4
 READ_THREADS = 16
-_LIST_CHUNK = 10_000
-_RETRY: Any = {
-    "max_retries": 10,
-    "backoff": {
-        "init_backoff": datetime.timedelta(milliseconds=100),
-        "max_backoff": datetime.timedelta(seconds=15),
-        "base": 2,
-    },
-    "retry_timeout": datetime.timedelta(seconds=180),
-}
-# Two clients a store: a read that stalls for half a minute is dead, but while a shard is uploaded
-# nothing is read for as long as that takes.
-_READING: Any = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "600s"}
-_WRITING: Any = {"connect_timeout": "5s", "timeout": "600s"}
+_LIST_CHUNK = 1_000  # one answer of S3: who stops early has asked for no more than it read
+_LIST_PAGE = 1000
+_NO_RETRY: Any = {"max_retries": 0}  # `Requests` tries again: it sees, counts and slows down
 
 
 class Store(Protocol):
@@ -75,8 +80,10 @@ class Store(Protocol):
         """Objects below the folder `prefix`, as batches with the schema LISTING.
 
         Args:
-            start_after: leave out paths up to this one, in the order of their bytes.
-            delimiter: one level only: its objects and, with a slash and no size, its folders.
+            start_after: leave out paths up to this one, in the store's own order: by their bytes,
+                or, where a server lists a file system, folder by folder (a/c before a-b).
+            delimiter: one level only: its objects and, with a slash and no size, its folders, as
+                `prefix` takes them.
 
         Raises:
             NotFoundError: no such bucket, or no such folder.
@@ -111,14 +118,25 @@ class Store(Protocol):
             AlreadyExistsError: `create_only` and it exists, perhaps by a retry of this call.
         """
 
+    def copy(self, source: str, target: str) -> None:
+        """Write an object again under another path; of a bucket, without its bytes coming here."""
+
     def delete(self, paths: Sequence[str]) -> None:
         """Delete objects; one that is not there is no error."""
 
+    def stats(self) -> StoreStats:
+        """What this store was asked for so far, by all threads of this process."""
 
-def open_store(url: str) -> Store:
+
+def open_store(url: str, *, requester_pays: bool = False, deadline_s: float = DEADLINE_S) -> Store:
     """The store below a URL: s3://bucket/prefix, gs, az, http(s), file and memory alike, or a path.
 
-    Opening reads nothing and leaves no trace. memory:// stores of one name are one, in a process.
+    Any other scheme is one of fsspec's. Opening reads nothing of an object store and leaves no
+    trace. memory:// stores of one name are one, in a process.
+
+    Args:
+        requester_pays: agree to be charged for requests, on S3; elsewhere without effect.
+        deadline_s: how long a request that fails in passing is tried again.
 
     Raises:
         AccessError: no credentials to be found.
@@ -131,35 +149,66 @@ def open_store(url: str) -> Store:
         return _open_folder(url)
     if scheme == "file":
         return _open_folder("/" + unquote(rest).lstrip("/"))
+    if "::" in url or (not _obstore_knows(scheme) and knows(scheme)):
+        return FsspecStore(url, deadline_s=deadline_s)
+    if not _obstore_knows(scheme):
+        raise StoreError(
+            f"{url}: unknown scheme {scheme!r}; give s3://bucket/prefix, another scheme of "
+            "obstore or fsspec, or a path"
+        )
     if not rest.strip("/"):
         raise StoreError(f"{url!r} names no bucket; give {scheme}://bucket/prefix")
     clean = url.rstrip("/")
     if scheme == "memory":
         memory = _memory(rest.strip("/"))
-        return ObjectStore(memory, memory, url=clean)
-    if scheme == "s3":
-        bucket, _, prefix = rest.strip("/").partition("/")
-        return ObjectStore(*_s3(bucket, prefix), url=clean)
+        return ObjectStore([memory], memory, url=clean, root=clean, deadline_s=deadline_s)
+    if scheme in ("s3", "s3a"):
+        return _open_s3(clean, requester_pays=requester_pays, deadline_s=deadline_s)
+    plain: Any = {"allow_http": True} if scheme == "http" else {}
     try:
         clients = [
-            from_url(clean, client_options=options, retry_config=_RETRY)
-            for options in (_READING, _WRITING)
+            from_url(clean, client_options=options | plain, retry_config=_NO_RETRY)
+            for options in _timeouts(deadline_s)
         ]
     except (refused.BaseError, ValueError) as err:
         raise StoreError(f"{url}: cannot be opened: {_first_line(err)}") from err
-    return ObjectStore(*clients, url=clean)
+    root = "/".join(clean.split("/")[:3])
+    return ObjectStore(clients[:-1], clients[-1], url=clean, root=root, deadline_s=deadline_s)
 
 
 class ObjectStore:
-    """A `Store` over obstore: s3, gs, az, http and memory."""
+    """A `Store` over obstore: s3, gs, az, http and memory.
 
-    def __init__(self, reader: Any, writer: Any, *, url: str) -> None:
+    Args:
+        readers: the client of each attempt; the last serves all further ones.
+        root: what one limit of concurrent requests is for: endpoint and bucket.
+        odd_keys: reads what obstore cannot address; only S3 has it.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[Any],
+        writer: Any,
+        *,
+        url: str,
+        root: str,
+        deadline_s: float,
+        odd_keys: OddKeys | None = None,
+    ) -> None:
         self.url = url
-        self._reader = reader
+        self._readers = readers
         self._writer = writer
+        self._odd_keys = odd_keys
+        self._starts_with_slash: bool | None = None if odd_keys else False
+        self._requests = Requests(
+            limiter_of(root), caught=_CAUGHT, judge=_judge, deadline_s=deadline_s
+        )
 
     def uri(self, path: str) -> str:
         return f"{self.url}/{path}"
+
+    def stats(self) -> StoreStats:
+        return self._requests.stats()
 
     def list(
         self, prefix: str = "", *, start_after: str | None = None, delimiter: bool = False
@@ -167,50 +216,69 @@ class ObjectStore:
         if delimiter:
             yield from self._list_level(prefix, start_after)
             return
-        attempt, last = 1, start_after
+        last = start_after
+        if self._is_odd_listing(prefix, start_after):
+            last = yield from self._list_odd(prefix, start_after, whole=True)
+            return
         pages: Iterator[Any] | None = None
+        fresh = True
+
+        def next_page(attempt: int) -> Any:
+            nonlocal pages, fresh
+            if pages is None or attempt > 1:
+                # A listing that failed is over: it would end early, as if that had been all. Begin
+                # again behind the last path, in the store's own order, which need not be by bytes.
+                pages, fresh = self._pages(prefix, last), True
+            return next(pages, None)
+
         while True:
             try:
-                if pages is None:
-                    pages = iter(
-                        obstore.list(
-                            self._reader,
-                            prefix or None,
-                            offset=last,
-                            chunk_size=_LIST_CHUNK,
-                            return_arrow=True,
-                        )
-                    )
-                page = next(pages, None)
-            except (refused.BaseError, OSError, ValueError, BotoCoreError) as err:
-                # A listing that failed is over: it would end early, as if that had been all. Begin
-                # again behind the last path; stores list in that order.
-                self._pause(err, self.url, attempt)
-                attempt, pages = attempt + 1, None
+                page = self._requests.run(self.url, next_page)
+                if page is None:
+                    return
+                found = _listing(page)
+                if self._odd_keys and _has_replaced(found):
+                    raise _OddKeyError
+            except _OddKeyError:
+                if self._odd_keys is None:
+                    raise
+                last = yield from self._list_odd(prefix, last, whole=False)
+                if last is None:
+                    return
+                pages = None
                 continue
-            if page is None:
-                return
-            found = _listing(page)
-            if last is not None:
-                found = found.filter(pc.greater(found.column("path"), last))
+            self._requests.count(requests=max(0, (len(found) - 1) // _LIST_PAGE))
+            if fresh and last is not None:
+                found = found.filter(pc.not_equal(found.column("path"), last))
+            fresh = False
             if len(found):
-                attempt = 1
-                if not isinstance(self._reader, MemoryStore):  # lists in no order, never fails
-                    last = pc.max(found.column("path")).as_py()
+                if not isinstance(self._writer, MemoryStore):  # lists in no order, never fails
+                    last = found.column("path")[-1].as_py()
                 yield found
 
     def head(self, path: str) -> ObjectInfo:
-        found = self._call(self.uri(path), lambda: obstore.head(self._reader, path))
+        if self._odd_keys and self._is_odd(path):
+            odd_keys = self._odd_keys
+            return self._requests.run(self.uri(path), lambda _: odd_keys.head(path))
+        found = self._requests.run(
+            self.uri(path), lambda attempt: obstore.head(self._reader(attempt), path)
+        )
         return ObjectInfo(
             path=path, size=found["size"], etag=_etag(found), modified=found["last_modified"]
         )
 
     def read(self, path: str, *, if_match: str | None = None) -> Bytes:
+        if self._odd_keys and self._is_odd(path):
+            return self._read_odd(path, None, if_match)
         options = _match(if_match)
-        return self._call(
-            self.uri(path),
-            lambda: memoryview(obstore.get(self._reader, path, options=options).bytes()),
-        )
+
+        def fetch(attempt: int) -> memoryview:
+            answer = obstore.get(self._reader(attempt), path, options=options)
+            if if_match:
+                self._check(path, _etag(answer.meta), if_match)
+            return memoryview(answer.bytes())
+
+        return self._requests.run(self.uri(path), fetch, reads=True)
 
     def read_ranges(
         self,
@@ -220,21 +288,25 @@ class ObjectStore:
         *,
         if_match: str | None = None,
     ) -> Sequence[Bytes]:
-        def one(start: int, end: int) -> Bytes:
-            options: Any = {"range": (start, end), **_match(if_match)}
+        odd = self._odd_keys is not None and self._is_odd(path)
+        match = _match(if_match)
 
-            def fetch() -> Bytes:
-                answer = obstore.get(self._reader, path, options=options)
-                if answer.meta["size"] < end:
-                    raise ChangedError(
-                        f"{self.uri(path)}: ends before byte {end}; it is not what was indexed"
-                    )
+        def one(start: int, end: int) -> Bytes:
+            if odd:
+                return self._read_odd(path, (start, end), if_match)
+
+            def fetch(attempt: int) -> memoryview:
+                options: Any = {"range": (start, end), **match}
+                answer = obstore.get(self._reader(attempt), path, options=options)
+                meta = answer.meta
+                if if_match:
+                    self._check(path, _etag(meta), if_match)
+                self._check_end(path, meta["size"], end)
                 found = memoryview(answer.bytes())
-                if len(found) != end - start:
-                    raise _ShortAnswer(f"asked for {end - start} bytes, got {len(found)}")
+                _check_length(found, end - start)
                 return found
 
-            return self._call(self.uri(path), fetch)
+            return self._requests.run(self.uri(path), fetch, reads=True)
 
         pairs = [(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
         if len(pairs) == 1:
@@ -244,103 +316,239 @@ class ObjectStore:
     def put(
         self, path: str, buffers: "Bytes | Sequence[Bytes]", *, create_only: bool = False
     ) -> str:
+        self._refuse_odd(path)
         mode: Any = "create" if create_only else "overwrite"
-        written = self._call(
+        written = self._requests.run(
             self.uri(path),
-            lambda: obstore.put(self._writer, path, buffers, mode=mode, use_multipart=False),
+            lambda _: obstore.put(self._writer, path, buffers, mode=mode, use_multipart=False),
         )
+        parts: Sequence[Bytes] = buffers if isinstance(buffers, list | tuple) else [buffers]
+        self._requests.count(written=sum(memoryview(part).nbytes for part in parts))
         return _etag(written)
+
+    def copy(self, source: str, target: str) -> None:
+        self._requests.run(self.uri(source), lambda _: obstore.copy(self._writer, source, target))
 
     def delete(self, paths: Sequence[str]) -> None:
         for path in paths:
+            self._refuse_odd(path)
             try:
-                self._call(self.uri(path), partial(obstore.delete, self._writer, path))
+                self._delete(path)
             except NotFoundError:
                 continue
 
-    def _list_level(self, prefix: str, start_after: str | None) -> Iterator[pa.RecordBatch]:
-        found = self._call(
-            self.url,
-            lambda: obstore.list_with_delimiter(self._reader, prefix or None, return_arrow=True),
+    def _delete(self, path: str) -> None:
+        self._requests.run(self.uri(path), lambda _: obstore.delete(self._writer, path))
+
+    def _refuse_odd(self, path: str) -> None:
+        """Odd keys are others' and only read: obstore would write beside some of them."""
+        if self._is_odd(path):
+            raise _OddKeyError(f"{self.uri(path)}: {_WHAT_IS_ODD}; write under another name")
+
+    def _reader(self, attempt: int) -> Any:
+        return self._readers[min(attempt, len(self._readers)) - 1]
+
+    def _pages(self, prefix: str, start_after: str | None) -> Iterator[Any]:
+        return iter(
+            obstore.list(
+                self._readers[0],
+                prefix or None,
+                offset=start_after,
+                chunk_size=_LIST_CHUNK,
+                return_arrow=True,
+            )
         )
-        folders = [{"path": f"{folder}/"} for folder in found["common_prefixes"]]
-        rows = [_listing(page) for page in pa.table(found["objects"]).to_batches()]
-        rows.append(pa.RecordBatch.from_pylist(folders, schema=LISTING))
-        level = pa.Table.from_batches(rows).sort_by("path")
+
+    def _list_level(self, prefix: str, start_after: str | None) -> Iterator[pa.RecordBatch]:
+        level = None if self._is_odd_listing(prefix, None) else self._level(prefix)
+        if level is None:
+            # The rest is sorted as S3 sorts: objects and folders of a page are two lists.
+            rows = list(self._odd_pages(prefix, None, delimiter=True))
+            level = pa.Table.from_batches([page for page, _ in rows], schema=LISTING)
+        level = level.sort_by("path")
         if start_after is not None:
             level = level.filter(pc.greater(level.column("path"), start_after))
         yield from level.combine_chunks().to_batches()
 
-    def _call(self, where: str, action: Callable[[], T]) -> T:
-        """Run one request; retry what may pass, name what will not."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return action()
-            except (refused.BaseError, _ShortAnswer, OSError, ValueError, BotoCoreError) as err:
-                self._pause(err, where, attempt)
-        raise AssertionError("the last attempt returns or raises")
+    def _level(self, prefix: str) -> pa.Table | None:
+        """Objects and folders of one level; None if a key among them is odd and can be read."""
+        try:
+            found = self._requests.run(
+                self.url,
+                lambda _: obstore.list_with_delimiter(
+                    self._readers[0], prefix or None, return_arrow=True
+                ),
+            )
+        except _OddKeyError:
+            if self._odd_keys is None:
+                raise
+            return None
+        folders = [{"path": f"{folder}/"} for folder in found["common_prefixes"]]
+        rows = [_listing(page) for page in pa.table(found["objects"]).to_batches()]
+        rows.append(pa.RecordBatch.from_pylist(folders, schema=LISTING))
+        if self._odd_keys and any(_has_replaced(page) for page in rows):
+            return None
+        return pa.Table.from_batches(rows)
 
-    def _pause(self, err: Exception, where: str, attempt: int) -> None:
-        """Wait before another attempt, or raise the error as one of ours.
+    def _is_odd(self, path: str) -> bool:
+        return self._odd_keys is not None and (self._odd_keys.everything or is_odd(path))
 
-        obstore retries 429, 5xx and refused connections itself, with back-off. What it gives up
-        early and we try again are answers cut short and connections reset while reading.
-        """
-        known = _translate(err, where)
-        tried = re.search(r"after [1-9]\d* retries", str(err)) is not None
-        if not isinstance(known, UnreachableError) or tried or attempt >= ATTEMPTS:
-            raise known from err
-        logger.warning("%s: attempt %d of %d: %s", where, attempt, ATTEMPTS, known)
-        time.sleep(random.uniform(0, 0.2 * 2**attempt))
+    def _is_odd_listing(self, prefix: str, start_after: str | None) -> bool:
+        """Whether a listing must be boto3's from its start."""
+        if self._odd_keys is None:
+            return False
+        named = prefix[:-1] if prefix != "/" and prefix.endswith("/") else prefix
+        if self._is_odd(named) or (start_after is not None and self._is_odd(start_after)):
+            return True
+        if prefix or (start_after is not None and start_after >= "0"):  # what follows the slash
+            return False
+        if self._starts_with_slash is None:
+            odd_keys = self._odd_keys
+            self._starts_with_slash = self._requests.run(
+                self.url, lambda _: odd_keys.begin_with_a_slash()
+            )
+        return self._starts_with_slash
+
+    def _list_odd(
+        self, prefix: str, start_after: str | None, *, whole: bool
+    ) -> Generator[pa.RecordBatch, None, str | None]:
+        """List by boto3 past the odd keys; return the path to go on behind, None at the end."""
+        past = False
+        for page, odd in self._odd_pages(prefix, start_after):
+            if len(page):
+                yield page
+                if past and not odd and not whole:
+                    last: str = page.column("path")[-1].as_py()
+                    return last
+            past = past or odd
+        return None
+
+    def _odd_pages(
+        self, prefix: str, start_after: str | None, *, delimiter: bool = False
+    ) -> Iterator[tuple[pa.RecordBatch, bool]]:
+        odd_keys = self._odd_keys
+        assert odd_keys is not None
+        token: str | None = None
+
+        def ask(_: int) -> tuple[pa.RecordBatch, str | None, bool]:
+            return odd_keys.page(prefix, start_after=start_after, token=token, delimiter=delimiter)
+
+        while True:
+            page, token, odd = self._requests.run(self.url, ask)
+            yield page, odd
+            if token is None:
+                return
+
+    def _read_odd(self, path: str, span: tuple[int, int] | None, if_match: str | None) -> Bytes:
+        odd_keys = self._odd_keys
+        assert odd_keys is not None
+
+        def fetch(_: int) -> bytes:
+            data, etag, size = odd_keys.get(path, if_match=if_match, span=span)
+            if if_match:
+                self._check(path, etag, if_match)
+            if span is not None:
+                self._check_end(path, size, span[1])
+                _check_length(data, span[1] - span[0])
+            return data
+
+        return self._requests.run(self.uri(path), fetch, reads=True)
+
+    def _check(self, path: str, etag: str, wanted: str) -> None:
+        # Some gateways and web servers do not know If-Match.
+        if etag and etag != wanted.strip('"'):
+            raise ChangedError(f"{self.uri(path)}: changed since it was listed")
+
+    def _check_end(self, path: str, size: int, end: int) -> None:
+        if size < end:
+            raise ChangedError(
+                f"{self.uri(path)}: ends before byte {end}; it is not what was indexed"
+            )
 
 
-class _ShortAnswer(Exception):
-    """A range came back with another length than asked for."""
+class _OddKeyError(StoreError):
+    """A key that obstore cannot address."""
+
+
+_CAUGHT = (refused.BaseError, WrongAnswer, OSError, ValueError, BotoCoreError, ClientError)
+
+
+def _judge(err: Exception, where: str) -> Refusal:
+    """An exception of obstore or boto3 as one of ours, and whether another attempt may help."""
+    error = _translate(err, where)
+    status, said = _status(err), str(err)
+    if "ExpiredToken" in said or "RequestExpired" in said:
+        return Refusal(error=error, attempts=FEW)  # renewed ones may be there already
+    if not isinstance(error, UnreachableError):
+        return Refusal(error=error, attempts=1)
+    if isinstance(err, WrongAnswer) or any(words in said for words in _WRONG):
+        return Refusal(error=error, attempts=FEW)
+    if status in (429, 503) or "SlowDown" in said:
+        return Refusal(error=error, attempts=None, throttled=True)
+    passing = status is None or status in (408, 425, 500, 502, 504) or "RequestTimeout" in said
+    return Refusal(error=error, attempts=None if passing else 1)
+
+
+def _status(err: Exception) -> int | None:
+    """The HTTP status of an answer; None where there was no answer, or not a whole one."""
+    if isinstance(err, ClientError):
+        status: int | None = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status
+    found = re.search(r"non-2xx status code: (\d{3})", str(err))
+    return int(found[1]) if found else None
 
 
 def _translate(err: Exception, where: str) -> StoreError:
-    """An obstore error as one of ours, with the address and what to do."""
-    said, text = str(err), _first_line(err)
+    """With the address and what to do."""
+    status, said, text = _status(err), str(err), _first_line(err)
 
     def says(*words: str) -> bool:
         return any(word in said for word in words)
 
-    if isinstance(err, BotoCoreError):
+    if isinstance(err, BotoCoreError) and not isinstance(
+        err, HTTPClientError | BotoConnectionError | IncompleteReadError
+    ):
         return AccessError(f"{where}: no credentials ({text}); set AWS_ACCESS_KEY_ID or a profile")
     # obstore raises FileNotFoundError itself, not its own NotFoundError.
-    if isinstance(err, refused.NotFoundError | FileNotFoundError) or says("NoSuchBucket"):
+    if status == 404 or isinstance(err, refused.NotFoundError | FileNotFoundError):
         what = "no such bucket" if says("NoSuchBucket") else "no such object"
         return NotFoundError(f"{where}: {what}; check the address")
-    if isinstance(
-        err, refused.PermissionDeniedError | refused.UnauthenticatedError | PermissionError
-    ) or says(*_DENIED):
+    if (
+        status in (401, 403)
+        or isinstance(
+            err, refused.PermissionDeniedError | refused.UnauthenticatedError | PermissionError
+        )
+        or says(*_DENIED)
+    ):
         return AccessError(f"{where}: access denied; check the credentials and their rights")
+    if says("ConditionalRequestConflict", "OperationAborted"):  # 409: another write is under way
+        return UnreachableError(f"{where}: another write is under way")
     if isinstance(err, refused.AlreadyExistsError):
         return AlreadyExistsError(f"{where}: exists already")
-    if isinstance(err, refused.PreconditionError):
+    if status == 412 or isinstance(err, refused.PreconditionError):
         return ChangedError(f"{where}: changed since it was listed")
-    if says("416 Range Not Satisfiable", "StartTooLarge"):
+    if status == 416 or says("StartTooLarge"):
         return ChangedError(f"{where}: ends before the range; it is not what was indexed")
-    if says("PermanentRedirect", "AuthorizationHeaderMalformed", "301 Moved"):
+    if status == 301 or says("AuthorizationHeaderMalformed", "redirect without LOCATION"):
         return StoreError(f"{where}: the bucket is in another region; set AWS_REGION to it")
     if isinstance(err, refused.InvalidPathError) or says("Could not parse path"):
-        return StoreError(
-            f"{where}: an object's name has an empty part, '.', '..' or a control character, which "
-            f"cannot be read: {text}; rename it, or give a prefix without it"
+        return _OddKeyError(
+            f"{where}: {_WHAT_IS_ODD}: {text}; rename it, or give a prefix without it"
         )
     if isinstance(err, refused.NotSupportedError | refused.UnknownConfigurationKeyError):
         return StoreError(f"{where}: this store cannot do that ({text})")
     return UnreachableError(f"{where}: no usable answer from the store ({text})")
 
 
+_WHAT_IS_ODD = "a name with an empty part, '.', '..' or a control character cannot be used here"
 _DENIED = (
     "AccessDenied",
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
-    "ExpiredToken",
     "InvalidToken",
-    "403 Forbidden",
+    "ExpiredToken",
 )
+_WRONG = ("Received non-partial response", "source: UnexpectedRange", "Got invalid list response")
 
 
 def _first_line(err: Exception) -> str:
@@ -359,8 +567,19 @@ def _listing(page: Any) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=LISTING)
 
 
+def _has_replaced(page: pa.RecordBatch) -> bool:
+    """Whether a name has U+FFFD: some servers write it for what XML cannot hold."""
+    return bool(pc.any(pc.match_substring(page.column("path"), "\ufffd")).as_py())
+
+
+def _check_length(found: Bytes, wanted: int) -> None:
+    if len(found) != wanted:
+        raise WrongAnswer(f"asked for {wanted} bytes, got {len(found)}")
+
+
 def _etag(found: Any) -> str:
-    return (found["e_tag"] or "").strip('"')
+    etag: str = found["e_tag"] or ""
+    return "" if etag.startswith("W/") else etag.strip('"')  # a weak one promises no bytes
 
 
 def _match(etag: str | None) -> Any:
@@ -378,32 +597,65 @@ def _memory(name: str) -> MemoryStore:
     return _memory_stores.setdefault(name, MemoryStore())
 
 
-def _s3(bucket: str, prefix: str) -> tuple[S3Store, S3Store]:
-    """S3 by boto3's rules for credentials, profiles and endpoints, as s3fs follows them."""
+def _obstore_knows(scheme: str) -> bool:
     try:
-        session = boto3.Session()
-        # AWS_REGION is what newer SDKs read; boto3 knows AWS_DEFAULT_REGION only.
-        region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
-        endpoint = session.client("s3", region_name=region).meta.endpoint_url
-        provider = Boto3CredentialProvider(session)
+        return scheme == "memory" or bool(obstore.parse_scheme(f"{scheme}://bucket"))
+    except (refused.BaseError, ValueError):
+        return False
+
+
+def _timeouts(deadline_s: float) -> list[Any]:
+    """Client options of a first attempt to read, of a further one, and of writing.
+
+    A read that stalls is dead, but while a shard is uploaded nothing is read for as long as that
+    takes. A first answer that drips is given up early: another connection is mostly faster; what
+    is really that large gets its time then.
+    """
+    connect, stall = min(5.0, deadline_s / 6), min(30.0, deadline_s / 6)
+    patient = {"connect_timeout": _ms(connect), "timeout": _ms(3 * deadline_s)}
+    reading = patient | {"read_timeout": _ms(stall)}
+    return [reading | {"timeout": _ms(deadline_s / 3)}, reading, patient]
+
+
+def _ms(seconds: float) -> str:
+    return f"{max(1, round(seconds * 1000))}ms"
+
+
+def _open_s3(url: str, *, requester_pays: bool, deadline_s: float) -> ObjectStore:
+    """S3 by boto3's rules for credentials, profiles and endpoints, as s3fs follows them."""
+    bucket, _, prefix = url.partition("://")[2].partition("/")
+    try:
+        session, boto = session_and_client(read_timeout_s=min(30.0, deadline_s / 6))
+        odd_keys = OddKeys(boto, bucket, prefix, requester_pays=requester_pays)
+        endpoint, region = boto.meta.endpoint_url, boto.meta.region_name
+        credentials = Credentials(session)
 
         def client(options: Any) -> S3Store:
             return S3Store(
                 bucket,
-                prefix=prefix or None,
-                credential_provider=provider,
+                prefix=None if odd_keys.everything else prefix or None,
+                credential_provider=credentials,
                 endpoint=endpoint,
                 region=region,
+                request_payer=requester_pays,
                 client_options=options | {"allow_http": endpoint.startswith("http:")},
-                retry_config=_RETRY,
+                retry_config=_NO_RETRY,
             )
 
-        return client(_READING), client(_WRITING)
+        *readers, writer = [client(options) for options in _timeouts(deadline_s)]
     except (BotoCoreError, ValueError, refused.BaseError) as err:
         raise AccessError(
             f"s3://{bucket}: no usable credentials or endpoint ({_first_line(err)}); "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
         ) from err
+    return ObjectStore(
+        readers,
+        writer,
+        url=url,
+        root=f"{endpoint}/{bucket}",
+        deadline_s=deadline_s,
+        odd_keys=odd_keys,
+    )
 
 
 @lru_cache(maxsize=1)

@@ -1,62 +1,120 @@
-"""A proxy before a real S3 server that cuts answers short, as bad networks do."""
+"""A proxy before a real S3 server that fails on purpose, as networks and servers do.
+
+    faults = [
+        Fault("status", path=r"/bucket/a\\.jpg", status=503, times=2),
+        Fault("reset", path="list-type=2", skip=1, times=1),      # the second page of a listing
+        Fault("drip", method="GET", times=1, per_path=True),       # every first look at an object
+    ]
+    with FaultyProxy(s3.endpoint, faults) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        ...
+    assert proxy.struck(faults[0]) == 2
+
+The first fault of the list that fits a request strikes it; `proxy.faults` may be changed at any
+time. `proxy.requests` is what was asked, in order.
+"""
 
 import http.client
+import re
+import socket
+import struct
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from urllib.parse import urlsplit
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+import boto3
+
+from demo.local_s3 import ACCESS_KEY, SECRET_KEY
+
+Kind = Literal["status", "reset", "truncate", "whole", "shift", "etag", "drip", "stall"]
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """What goes wrong with which requests.
+
+    kind:
+        status    the server is not asked; `status` with `headers` and an S3 error body
+        reset     half of the body, then a TCP reset
+        truncate  half of the body under the whole Content-Length, then an orderly end
+        whole     200 and the whole object, though a range was asked for
+        shift     another range than asked for, and a Content-Range that says so
+        etag      the right answer under an ETag that is not the object's
+        drip      the body byte by byte, `drip_s` apart
+        stall     headers, and then nothing until the client leaves
+    """
+
+    kind: Kind
+    path: str = ""
+    """A regular expression, searched in the path with its query, both percent-decoded."""
+    method: str | None = None
+    """The only method to strike; None: each."""
+    skip: int = 0
+    """So many fitting requests pass before the first that is struck."""
+    times: int | None = None
+    """So many are struck; None: all."""
+    per_path: bool = False
+    """Count `skip` and `times` for each path (without query) by itself."""
+    status: int = 503
+    headers: Mapping[str, str] = field(default_factory=dict)
+    drip_s: float = 0.05
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asked."""
+
+    method: str
+    path: str
+    """With its query, percent-decoded."""
+    headers: Mapping[str, str]
+    """Names in lower case."""
 
 
 class FaultyProxy:
-    """`with FaultyProxy(endpoint, fault) as proxy:` forwards `proxy.endpoint` to a real server.
+    """`with FaultyProxy(endpoint, faults) as proxy:` forwards `proxy.endpoint` to a real server.
 
     Args:
-        fault: is given method and path, query included, of each request; where it says True, the
-            connection breaks after the first half of the answer.
+        answer_headers: added to each answer that is passed on.
     """
 
-    def __init__(self, endpoint: str, fault: Callable[[str, str], bool]) -> None:
-        target = urlsplit(endpoint)
-        self.requests: list[tuple[str, str]] = []
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def forward(self) -> None:
-                proxy.requests.append((self.command, self.path))
-                sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                upstream = http.client.HTTPConnection(str(target.hostname), target.port, timeout=30)
-                try:
-                    # The signature covers Host, so it goes on as it came.
-                    upstream.request(self.command, self.path, sent, dict(self.headers))
-                    answer = upstream.getresponse()
-                    body = answer.read()
-                finally:
-                    upstream.close()
-                self.send_response(answer.status)
-                for name, value in answer.getheaders():
-                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                        self.send_header(name, value)
-                length = answer.getheader("Content-Length") if self.command == "HEAD" else len(body)
-                self.send_header("Content-Length", str(length))
-                self.end_headers()
-                if fault(self.command, self.path):
-                    self.wfile.write(body[: len(body) // 2])
-                    self.close_connection = True
-                else:
-                    self.wfile.write(body)
-
-            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = forward
-
-            def log_message(self, *_: object) -> None:
-                """Quiet."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    def __init__(
+        self,
+        endpoint: str,
+        faults: Sequence[Fault] = (),
+        *,
+        answer_headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.faults = list(faults)
+        self.requests: list[Request] = []
+        self._target = urlsplit(endpoint)
+        self._answer_headers = dict(answer_headers or {})
+        self._lock = threading.Lock()
+        self._fitted: Counter[tuple[Fault, str]] = Counter()
+        self._struck: Counter[Fault] = Counter()
+        self._closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def struck(self, fault: Fault) -> int:
+        """How many requests a fault has struck so far."""
+        with self._lock:
+            return self._struck[fault]
+
+    def asked(self, path: str = "", method: str | None = None) -> int:
+        """How many requests there were whose path has this regular expression."""
+        with self._lock:
+            return sum(
+                method in (None, request.method) and re.search(path, request.path) is not None
+                for request in self.requests
+            )
 
     def __enter__(self) -> "FaultyProxy":
         self._thread.start()
@@ -68,6 +126,127 @@ class FaultyProxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._closing.set()
         self._server.shutdown()
         self._thread.join(timeout=10)
         self._server.server_close()
+
+    def _choose(self, request: Request) -> Fault | None:
+        with self._lock:
+            self.requests.append(request)
+            for fault in self.faults:
+                if fault.method not in (None, request.method):
+                    continue
+                if not re.search(fault.path, request.path):
+                    continue
+                counted = (fault, request.path.partition("?")[0] if fault.per_path else "")
+                self._fitted[counted] += 1
+                number = self._fitted[counted] - fault.skip
+                if number >= 1 and (fault.times is None or number <= fault.times):
+                    self._struck[fault] += 1
+                    return fault
+        return None
+
+    def _forward(
+        self, handler: BaseHTTPRequestHandler, fault: Fault | None
+    ) -> tuple[int, dict[str, str], bytes]:
+        sent = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        if fault is not None and fault.kind == "status":
+            code = {403: "AccessDenied", 404: "NoSuchKey", 429: "SlowDown", 503: "SlowDown"}
+            name = code.get(fault.status, "InternalError")
+            said = f"<?xml version='1.0'?><Error><Code>{name}</Code></Error>".encode()
+            return fault.status, dict(fault.headers), said
+        host, port = str(self._target.hostname), self._target.port
+        upstream = http.client.HTTPConnection(host, port, timeout=30)
+        try:
+            # The signature covers Host, so it goes on as it came.
+            upstream.request(handler.command, handler.path, sent, dict(handler.headers))
+            answer = upstream.getresponse()
+            body = answer.read()
+        finally:
+            upstream.close()
+        dropped = {"transfer-encoding", "connection", "content-length"}
+        if fault is not None and fault.kind == "etag":
+            dropped.add("etag")
+        kept = {n: v for n, v in answer.getheaders() if n.lower() not in dropped}
+        kept |= self._answer_headers
+        if handler.command == "HEAD":
+            kept["Content-Length"] = answer.getheader("Content-Length") or "0"
+        if fault is not None and fault.kind == "etag":
+            kept["ETag"] = '"00000000000000000000000000000000"'
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range") or "")
+        if fault is None or fault.kind not in ("whole", "shift") or asked is None:
+            return answer.status, kept, body
+        whole = self._whole(handler.path)
+        kept = {n: v for n, v in kept.items() if n.lower() != "content-range"}
+        if fault.kind == "whole":
+            return 200, kept, whole
+        start, end = int(asked[1]) + 1, int(asked[2]) + 1
+        return (
+            206,
+            kept | {"Content-Range": f"bytes {start}-{end}/{len(whole)}"},
+            whole[start : end + 1],
+        )
+
+    def _whole(self, path: str) -> bytes:
+        # Range is signed too, so the whole object takes a request of the proxy's own.
+        client = boto3.client(
+            "s3",
+            endpoint_url=self._target.geturl(),
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+        )
+        bucket, _, key = unquote(urlsplit(path).path).lstrip("/").partition("/")
+        found: bytes = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        return found
+
+
+def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def forward(self) -> None:
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            request = Request(self.command, unquote(self.path), headers)
+            fault = proxy._choose(request)
+            status, answer, body = proxy._forward(self, fault)
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | answer).items():
+                self.send_header(name, value)
+            try:
+                self.end_headers()
+                self._send(b"" if self.command == "HEAD" else body, fault)
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True  # the client has left
+
+        def _send(self, body: bytes, fault: Fault | None) -> None:
+            kind = None if fault is None else fault.kind
+            if kind in ("reset", "truncate"):
+                self.wfile.write(body[: len(body) // 2])
+                self.close_connection = True
+                if kind == "reset":
+                    self.wfile.flush()
+                    linger = struct.pack("ii", 1, 0)  # closing then resets
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    self.connection.close()
+            elif kind == "stall":
+                proxy._closing.wait(60)
+                self.close_connection = True
+            elif kind == "drip":
+                assert fault is not None
+                for at in range(len(body)):
+                    if proxy._closing.wait(fault.drip_s):
+                        self.close_connection = True
+                        return
+                    self.wfile.write(body[at : at + 1])
+            else:
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = forward
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    return Handler
