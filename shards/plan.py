@@ -1,19 +1,21 @@
 """Which object goes into which shard: deduplicated, shuffled, cut by size, before any work.
 
-A saved plan is a few Parquet parts, in which a row group is a shard, the list of what was left out,
-and plan.json, which is written last, once, and names the others by their content.
+A saved plan is a few Parquet parts, in which a row group is a shard, lists of what was left out and
+of what is superseded, and plan.json, which is written last, once, and names the others. Their names
+hold the start of a digest of their bytes, so that two planners never write into each other's files.
 """
 
 import io
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import tempfile
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from hashlib import md5
-from itertools import pairwise
+from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,237 +24,413 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from shards.errors import AccessError, AlreadyExistsError, NotFoundError, PlanError
-from shards.images import Reason
+from shards.catalog import CATALOG, Catalog
+from shards.errors import AlreadyExistsError, NotFoundError, PlanError
 from shards.index import parquet_table
+from shards.shuffle import LEFT_OUT, SUPERSEDED, Shuffled, contents_of, plan_schema, shuffle
 from shards.store import Store
 from shards.tar import padded_bytes
 
 FOLDER = "plan"
-PLAN = f"{FOLDER}/plan.json"
-# A worker reads a whole part to learn its shard's rows: with so many that stays far below what it
-# reads of images anyway. (Row groups of one file must stay under 1,000.)
+ROWS = plan_schema(CATALOG)
+"""Columns of a shard's rows; the user's own follow."""
+# Row groups of one file must stay under 1,000: a worker reads the whole footer, though of the rest
+# only its own shard's rows.
 SHARDS_PER_PART = 64
-ROWS = pa.schema([("path", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
-DROPPED_ROWS = pa.schema([*ROWS, ("reason", pa.string()), ("detail", pa.string())])
-_HASHED_AT_ONCE = 8
+_ROWS_PER_LIST = 2**20
+_GUESSED_BYTES = 2**17  # of an object whose size no listing tells: a photo of the web
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSettings:
     """What a plan depends on beside the listing. Another value is another shard set."""
 
-    source: str
+    sources: tuple[str, ...]
+    """What was listed; kept in order, without slashes at their ends and without repeats."""
     seed: int
     shard_bytes: int
     max_shard_samples: int
     max_object_bytes: int
     max_pixels: int
     min_side: int
+    resize_side: int
+    """Shorter side that images are resized to, in pixels; 0 keeps them."""
+    columns: tuple[str, ...] | None
+    """Which of the user's columns travel; None for all."""
+
+    def __post_init__(self) -> None:
+        plain = {source.rstrip("/") or source for source in self.sources}
+        object.__setattr__(self, "sources", tuple(sorted(plain)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanFile:
+    """One Parquet file of a plan."""
+
+    path: str
+    footer: int
+    """Where its footer begins, in bytes."""
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A saved plan: shard i is row group i, counted over the parts."""
+    """A saved plan: shard first_shard + i is row group i, counted over the parts."""
 
     settings: PlanSettings
     plan_id: str
-    """Digest of its rows."""
+    """Digest of its files."""
+    generation: int
+    first_shard: int
     num_shards: int
     listed: int
+    """listed = planned + dropped + already."""
     dropped: int
+    """Rejected unseen."""
+    already: int
+    """Left out because earlier generations packed or rejected them."""
+    known_bytes: int
+    """Sum of the planned objects' sizes, as far as they are known."""
+    unknown_sizes: int
+    """Planned objects whose size is not known."""
+    unhashed: int
+    """Planned objects whose listing does not tell their MD5, and so not all duplicates."""
+    parts: tuple[PlanFile, ...]
+    dropped_files: tuple[PlanFile, ...]
+    superseded_files: tuple[PlanFile, ...]
 
-    def rows(self, store: Store, shard: int) -> pa.Table:
-        """The objects of one shard, in order: path, size in bytes, etag."""
-        data = store.read(_part(shard // SHARDS_PER_PART, self.plan_id))
-        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-        return file.read_row_group(shard % SHARDS_PER_PART, use_threads=False)
+    @property
+    def planned(self) -> int:
+        """Objects to fetch."""
+        return self.listed - self.dropped - self.already
 
-    def left_out(self, store: Store) -> pa.Table:
-        """The objects that need no fetching to be rejected, with reason and detail."""
-        return parquet_table(store.read(_dropped(self.plan_id)))
+    def rows(self, store: Store, number: int) -> pa.Table:
+        """The objects of one shard, in order: root, path, member, start, size, etag, user columns.
+
+        Two range reads, of the rows and of the part's footer, which is kept for other shards.
+
+        Args:
+            number: in range(first_shard, first_shard + num_shards).
+        """
+        assert 0 <= number - self.first_shard < self.num_shards, "a shard of this generation"
+        part, group = divmod(number - self.first_shard, SHARDS_PER_PART)
+        file = self.parts[part]
+        footer = _footer(store, file)  # type: ignore[arg-type]  # stores hash by identity
+        columns = footer.row_group(group)
+        chunks = [columns.column(n) for n in range(columns.num_columns)]
+        start = min(
+            min(c.dictionary_page_offset or c.data_page_offset, c.data_page_offset) for c in chunks
+        )
+        end = start + sum(c.total_compressed_size for c in chunks)
+        (data,) = store.read_ranges(file.path, [start], [end])
+        # Offsets in a footer count from the file's beginning.
+        whole = pa.BufferReader(bytes(start) + bytes(data))
+        with pq.ParquetFile(whole, metadata=footer, pre_buffer=False) as parquet:
+            return parquet.read_row_group(group, use_threads=False)
+
+    def left_out(self, store: Store) -> Iterator[pa.RecordBatch]:
+        """The objects that need no fetching to be rejected: uri, size, etag, reason, detail."""
+        return _batches(store, self.dropped_files)
+
+    def superseded(self, store: Store) -> Iterator[pa.RecordBatch]:
+        """uri of what earlier generations packed or rejected, and is now in another state."""
+        return _batches(store, self.superseded_files)
 
 
-def make_plan(catalog: Path, source: Store, settings: PlanSettings, *, store: Store) -> Plan:
-    """Plan the objects of a catalog and save the plan in `store`.
+def make_plan(
+    catalog: Catalog,
+    settings: PlanSettings,
+    *,
+    store: Store,
+    scratch: Path,
+    generation: int = 0,
+    first_shard: int = 0,
+    known: Iterable[pa.RecordBatch] = (),
+    _partitions: int | None = None,
+    _threads: int = _THREADS,
+) -> Plan:
+    """Plan the objects of a catalog and save the plan in `store`, in bounded memory.
 
-    The order is by xxh3(seed, bucket, key): a global shuffle that needs nothing but the names.
+    The order is by xxh3(seed, bucket, key): a global shuffle that needs nothing but the names. The
+    plan does not depend on the order of the catalog's rows.
 
     Args:
-        source: where the objects are, to read those of equal size whose ETag says too little.
+        scratch: a folder on local disk, for about as many bytes as the catalog has.
+        known: uri, etag and size in bytes of what earlier generations packed or rejected for good,
+            in the order of generations. An object that is still like that (equal ETag; where one
+            is not known, equal size) is left out; another is planned again and superseded.
 
     Raises:
-        PlanError: another packing began here meanwhile, with other settings.
+        PlanError: another packing began here meanwhile, with other settings; or the disk is full.
     """
-    listed = pq.read_table(catalog).sort_by("path")
-    kept, dropped = _leave_out(listed.select(ROWS.names), source, settings)
-    order = np.argsort(_shuffle_keys(kept, settings), kind="stable")
-    shuffled = kept.take(pa.array(order)).combine_chunks()
-    cuts = _cut(shuffled.column("size").to_numpy(), settings)
-    shards = [shuffled.slice(start, stop - start) for start, stop in pairwise(cuts)]
-    files = [_parquet(dropped), *map(_parquet_of, _parts(shards))]
-    digest = xxhash.xxh3_128()
-    for data in files:
-        digest.update(data)
-    plan = Plan(
-        settings=settings,
-        plan_id=digest.hexdigest(),
-        num_shards=len(shards),
-        listed=len(listed),
-        dropped=len(dropped),
-    )
-    store.put(_dropped(plan.plan_id), files[0])
-    for number, data in enumerate(files[1:]):
-        store.put(_part(number, plan.plan_id), data)
+    writer = _PlanWriter(store, settings, plan_schema(catalog.schema), generation, _threads)
     try:
-        store.put(PLAN, json.dumps(asdict(plan), indent=1).encode(), create_only=True)
+        with tempfile.TemporaryDirectory(prefix="plan-", dir=scratch) as folder, writer:
+            for piece in shuffle(
+                catalog,
+                seed=settings.seed,
+                max_object_bytes=settings.max_object_bytes,
+                known=known,
+                scratch=Path(folder),
+                threads=_threads,
+                partitions=_partitions,
+            ):
+                writer.add(piece)
+            plan = writer.finish(first_shard)
+    except OSError as err:
+        raise PlanError(
+            f"{scratch}: {err.strerror or err}; planning needs about as much room as the catalog "
+            "for temporary files: make some, or set TMPDIR to another disk"
+        ) from err
+    assert plan.listed == catalog.listed, "every listed row has one place"
+    saved = json.dumps(asdict(plan), indent=1).encode()
+    try:
+        store.put(_plan_path(generation), saved, create_only=True)
     except AlreadyExistsError:  # by another packing, or by a retry of this very write
-        found = load_plan(store, settings)
+        found = load_plan(store, settings, generation)
         assert found is not None, "it exists"
         return found
     return plan
 
 
-def load_plan(store: Store, settings: PlanSettings) -> Plan | None:
-    """The plan that was saved here; None if there is none.
+def load_plan(
+    store: Store, settings: PlanSettings, generation: int, *, free: Collection[str] = ()
+) -> Plan | None:
+    """The plan of a generation that was saved here; None if there is none.
+
+    Args:
+        free: settings that may differ.
 
     Raises:
-        PlanError: it was made with other settings or from another source.
+        PlanError: it was made with other settings or from other sources.
     """
     try:
-        saved = json.loads(bytes(store.read(PLAN)))
+        saved = json.loads(bytes(store.read(_plan_path(generation))))
     except NotFoundError:
         return None
-    was = saved.pop("settings")
-    for name, now in asdict(settings).items():
-        if was.get(name) != now:
+    was, now = saved.pop("settings"), json.loads(json.dumps(asdict(settings)))
+    for name in now:
+        if was.get(name) != now[name] and name not in free:
             raise PlanError(
-                f"{store.url} was begun with {name} {was.get(name)!r}, not {now!r}; "
-                "give the same settings to continue, or another destination"
+                f"{store.url} was begun with {name} {_shown(was.get(name))}, not "
+                f"{_shown(now[name])}; give the same settings to continue, or another destination"
             )
+    for name in ("parts", "dropped_files", "superseded_files"):
+        saved[name] = tuple(PlanFile(**file) for file in saved[name])
     return Plan(settings=settings, **saved)
 
 
-def _part(number: int, plan_id: str) -> str:
-    return f"{FOLDER}/part-{number:05}-{plan_id[:8]}.parquet"
+def cut(padded: NDArray[np.int64], *, shard_bytes: int, max_samples: int) -> list[int]:
+    """Where each shard stops, greedily by bytes and by count; what is left may go on.
+
+    Args:
+        padded: what each row takes in a tar, in bytes.
+    """
+    totals = np.cumsum(padded)
+    stops: list[int] = []
+    start = before = 0
+    while True:
+        by_bytes = int(np.searchsorted(totals, before + shard_bytes, side="right"))
+        stop = max(start + 1, min(by_bytes, start + max_samples))
+        if stop >= len(padded):
+            return stops
+        stops.append(stop)
+        start, before = stop, int(totals[stop - 1])
 
 
-def _dropped(plan_id: str) -> str:
-    return f"{FOLDER}/dropped-{plan_id[:8]}.parquet"
+class _PlanWriter:
+    """Cuts shuffled rows into shards and saves them, encoding in threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        settings: PlanSettings,
+        schema: pa.Schema,
+        generation: int,
+        threads: int,
+    ) -> None:
+        self._settings = settings
+        self._generation = generation
+        folder = plan_folder(generation)
+        self._pool = ThreadPoolExecutor(threads)
+        self._parts = _Files(store, f"{folder}/part", self._pool, 2 * threads)
+        self._lists = [
+            _List(schema, _Files(store, f"{folder}/{name}", self._pool, 2 * threads))
+            for name, schema in (("dropped", LEFT_OUT), ("superseded", SUPERSEDED))
+        ]
+        self._rest = schema.empty_table()
+        self._shards: list[pa.Table] = []
+        self._num_shards = self._planned = self._dropped = self._already = 0
+        self._known_bytes = self._unknown_sizes = self._unhashed = 0
+
+    def __enter__(self) -> "_PlanWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, piece: Shuffled) -> None:
+        """Take the next rows; cut off the shards that are full."""
+        self._planned += len(piece.kept)
+        self._dropped += len(piece.dropped)
+        self._already += piece.already
+        self._known_bytes += pc.sum(piece.kept["size"]).as_py() or 0
+        self._unknown_sizes += piece.kept["size"].null_count
+        self._unhashed += int((contents_of(piece.kept) == 0).sum())
+        for saved, rows in zip(self._lists, (piece.dropped, piece.superseded), strict=True):
+            saved.add(rows)
+        rows = pa.concat_tables([self._rest, piece.kept])
+        start = 0
+        for stop in cut(
+            self._padded(rows),
+            shard_bytes=self._settings.shard_bytes,
+            max_samples=self._settings.max_shard_samples,
+        ):
+            self._add_shard(rows.slice(start, stop - start))
+            start = stop
+        self._rest = rows.slice(start)
+
+    def finish(self, first_shard: int) -> Plan:
+        """Save what is left, wait for all writes, and return the plan, which is not saved yet."""
+        if len(self._rest):
+            self._add_shard(self._rest)
+        self._flush()
+        dropped, superseded = (saved.finish() for saved in self._lists)
+        parts = self._parts.finish()
+        digest = xxhash.xxh3_128()
+        for file, whole in (*parts, *dropped, *superseded):
+            digest.update(f"{file.path} {whole}\n".encode())
+        return Plan(
+            settings=self._settings,
+            plan_id=digest.hexdigest(),
+            generation=self._generation,
+            first_shard=first_shard,
+            num_shards=self._num_shards,
+            listed=self._planned + self._dropped + self._already,
+            dropped=self._dropped,
+            already=self._already,
+            known_bytes=self._known_bytes,
+            unknown_sizes=self._unknown_sizes,
+            unhashed=self._unhashed,
+            parts=tuple(file for file, _ in parts),
+            dropped_files=tuple(file for file, _ in dropped),
+            superseded_files=tuple(file for file, _ in superseded),
+        )
+
+    def _padded(self, rows: pa.Table) -> NDArray[np.int64]:
+        sizes = pc.fill_null(rows["size"], _GUESSED_BYTES).to_numpy()
+        if side := self._settings.resize_side:
+            sizes = np.minimum(sizes, side * side)  # a byte a pixel is more than a JPEG takes
+        padded: NDArray[np.int64] = padded_bytes(sizes)
+        return padded
+
+    def _add_shard(self, rows: pa.Table) -> None:
+        self._num_shards += 1
+        self._shards.append(rows)
+        if len(self._shards) == SHARDS_PER_PART:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._shards:
+            self._parts.write(self._shards)
+            self._shards = []
 
 
-def _parts(shards: list[pa.Table]) -> Iterator[list[pa.Table]]:
-    for first in range(0, len(shards), SHARDS_PER_PART):
-        yield shards[first : first + SHARDS_PER_PART]
+class _List:
+    """Rows gathered into files of a fixed number of rows."""
+
+    def __init__(self, schema: pa.Schema, files: "_Files") -> None:
+        self._rows = schema.empty_table()
+        self._files = files
+
+    def add(self, rows: pa.Table) -> None:
+        self._rows = pa.concat_tables([self._rows, rows])
+        while len(self._rows) >= _ROWS_PER_LIST:
+            self._files.write([self._rows.slice(0, _ROWS_PER_LIST)])
+            self._rows = self._rows.slice(_ROWS_PER_LIST)
+
+    def finish(self) -> list[tuple[PlanFile, str]]:
+        if len(self._rows):
+            self._files.write([self._rows])
+        return self._files.finish()
 
 
-def _parquet_of(row_groups: list[pa.Table]) -> bytes:
+class _Files:
+    """Numbered Parquet files, encoded and put by threads, a bounded number at a time."""
+
+    def __init__(self, store: Store, name: str, pool: ThreadPoolExecutor, most: int) -> None:
+        self._store = store
+        self._name = name
+        self._pool = pool
+        self._most = most
+        self._running: deque[Future[tuple[PlanFile, str]]] = deque()
+        self._done: list[tuple[PlanFile, str]] = []
+
+    def write(self, row_groups: Sequence[pa.Table]) -> None:
+        number = len(self._done) + len(self._running)
+        self._running.append(self._pool.submit(self._write, number, row_groups))
+        if len(self._running) == self._most:
+            self._done.append(self._running.popleft().result())
+
+    def finish(self) -> list[tuple[PlanFile, str]]:
+        """All files, each with the digest of its bytes."""
+        return self._done + [future.result() for future in self._running]
+
+    def _write(self, number: int, row_groups: Sequence[pa.Table]) -> tuple[PlanFile, str]:
+        data = _parquet(row_groups)
+        digest = xxhash.xxh3_128_hexdigest(data)
+        path = f"{self._name}-{number:05}-{digest[:8]}.parquet"
+        self._store.put(path, data)
+        footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        return PlanFile(path=path, footer=footer, bytes=len(data)), digest
+
+
+def saved_generations(store: Store) -> list[int]:
+    """Generations whose plan was saved here, ascending.
+
+    Raises:
+        NotFoundError: no such bucket or folder.
+    """
+    paths = [path for page in store.list(FOLDER) for path in page.column("path").to_pylist()]
+    plans = [path.split("/") for path in paths if path.endswith("/plan.json")]
+    return sorted(int(folder.removeprefix("g")) for _, folder, _ in plans)
+
+
+def plan_folder(generation: int) -> str:
+    """Where the files of a generation's plan are."""
+    return f"{FOLDER}/g{generation:04}"
+
+
+def _plan_path(generation: int) -> str:
+    return f"{plan_folder(generation)}/plan.json"
+
+
+def _parquet(row_groups: Sequence[pa.Table]) -> bytes:
+    """A Parquet file: same rows, however they lie in memory, and pyarrow version, same bytes."""
     written = io.BytesIO()
-    with pq.ParquetWriter(written, ROWS, compression="zstd") as writer:
+    schema = row_groups[0].schema
+    unlike = {"path", "uri", "etag", "size", "start"}  # a dictionary of those is only time lost
+    repeated = [name for name in schema.names if name not in unlike]
+    with pq.ParquetWriter(
+        written, schema, compression="zstd", use_dictionary=repeated, write_statistics=False
+    ) as writer:
         for rows in row_groups:
-            writer.write_table(rows, row_group_size=len(rows))
+            # Chunks would move the page boundaries.
+            writer.write_table(rows.combine_chunks(), row_group_size=len(rows))
     return written.getvalue()
 
 
-def _parquet(table: pa.Table) -> bytes:
-    written = io.BytesIO()
-    pq.write_table(table, written, compression="zstd")
-    return written.getvalue()
+def _batches(store: Store, files: Iterable[PlanFile]) -> Iterator[pa.RecordBatch]:
+    for file in files:
+        yield from parquet_table(store.read(file.path)).to_batches()
 
 
-def _shuffle_keys(rows: pa.Table, settings: PlanSettings) -> NDArray[np.uint64]:
-    """xxh3-64 over bucket and key, the same whichever prefix of the bucket is packed.
-
-    Of a local folder only the path below it counts, so that a copy of the folder packs alike.
-    """
-    where = urlsplit(settings.source)
-    is_bucket = where.scheme in ("s3", "gs", "az")
-    bucket = where.netloc if is_bucket else ""
-    folder = where.path.strip("/") + "/" if is_bucket and where.path.strip("/") else ""
-    paths = rows.column("path").to_pylist()
-    hashed = (
-        xxhash.xxh3_64_intdigest(f"{bucket}\0{folder}{path}".encode(), seed=settings.seed)
-        for path in paths
-    )
-    return np.fromiter(hashed, dtype=np.uint64, count=len(paths))
+@lru_cache(maxsize=64)
+def _footer(store: Store, file: PlanFile) -> Any:
+    (data,) = store.read_ranges(file.path, [file.footer], [file.bytes])
+    return pq.read_metadata(pa.BufferReader(bytes(data)))
 
 
-def _cut(sizes: NDArray[np.int64], settings: PlanSettings) -> list[int]:
-    """First row of each shard, and the end: greedy by padded bytes and by count."""
-    if not len(sizes):
-        return [0]
-    cuts, used, count = [0], 0, 0
-    for row, size in enumerate(sizes.tolist()):
-        need = padded_bytes(size)
-        if count and (used + need > settings.shard_bytes or count == settings.max_shard_samples):
-            cuts.append(row)
-            used = count = 0
-        used += need
-        count += 1
-    return [*cuts, len(sizes)]
-
-
-def _leave_out(
-    listed: pa.Table, source: Store, settings: PlanSettings
-) -> tuple[pa.Table, pa.Table]:
-    """What is packed, and what is rejected unseen: empty, too large, or a duplicate."""
-    sizes = listed.column("size").to_numpy()
-    is_empty, is_huge = sizes == 0, sizes > settings.max_object_bytes
-    left_out = dict.fromkeys(np.flatnonzero(is_empty).tolist(), (Reason.EMPTY, "0 bytes"))
-    for row in np.flatnonzero(is_huge).tolist():
-        detail = f"{sizes[row]:,} bytes, limit {settings.max_object_bytes:,}"
-        left_out[row] = (Reason.TOO_LARGE, detail)
-    for row, kept in _duplicates(listed, np.flatnonzero(~is_empty & ~is_huge), source):
-        detail = f"same bytes as {source.uri(listed.column('path')[kept].as_py())}"
-        left_out[row] = (Reason.DUPLICATE, detail)
-    dropped = sorted(left_out)
-    why = [left_out[row] for row in dropped]
-    table = listed.take(pa.array(dropped, pa.int64()))
-    table = table.append_column("reason", pa.array([str(r) for r, _ in why], pa.string()))
-    table = table.append_column("detail", pa.array([detail for _, detail in why], pa.string()))
-    is_kept = np.ones(len(sizes), dtype=bool)
-    is_kept[dropped] = False
-    return listed.filter(pa.array(is_kept)), table.cast(DROPPED_ROWS)
-
-
-def _duplicates(
-    listed: pa.Table, candidates: NDArray[np.int64], source: Store
-) -> Iterator[tuple[int, int]]:
-    """Rows with the same bytes as an earlier row, each with that row.
-
-    Equal means equal size and equal MD5, which S3 gives as the ETag of a plain single PUT. Where
-    the listing does not tell, objects that share their size with another are read, only those.
-    """
-    sizes = listed.column("size").to_numpy()[candidates]
-    _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-    rows = pa.array(candidates[counts[inverse] > 1])
-    shared = listed.take(rows).append_column("row", rows)
-    shared = shared.append_column("md5", _md5s(shared, source))
-    groups = shared.group_by(["size", "md5"]).aggregate([("row", "list"), ("row", "count")])
-    for equal in groups.filter(pc.greater(groups["row_count"], 1))["row_list"].to_pylist():
-        first, *others = sorted(equal)
-        yield from ((row, first) for row in others)
-
-
-def _md5s(objects: pa.Table, source: Store) -> pa.Array:
-    """MD5 of each object: its ETag where that is one, else by reading the object."""
-    found = objects.column("etag").to_pylist()
-    is_s3 = source.url.startswith("s3://")
-    unknown = [row for row, etag in enumerate(found) if not (is_s3 and _is_md5(etag))]
-    paths = objects.column("path").take(pa.array(unknown, pa.int64())).to_pylist()
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
-        for row, key in zip(unknown, pool.map(partial(_read_md5, source), paths), strict=True):
-            found[row] = key
-    return pa.array(found, pa.string())
-
-
-def _is_md5(etag: str | None) -> bool:
-    return etag is not None and len(etag) == 32 and set(etag) <= set("0123456789abcdef")
-
-
-def _read_md5(source: Store, path: str) -> str:
-    """MD5, so that it can be compared with the ETags beside it; nothing here depends on secrecy."""
-    try:
-        return md5(source.read(path), usedforsecurity=False).hexdigest()
-    except (NotFoundError, AccessError):
-        return f"not read: {path}"  # packing finds out why, and what to make of it
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else repr(value)
