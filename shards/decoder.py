@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import resource
 import select
 import struct
@@ -12,20 +13,43 @@ import subprocess
 import sys
 import warnings
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from shards.images import EXTENSIONS, CheckedImage, ImageFlag, ImageRules, Reason, Rejection
+from shards import resize
+from shards.images import (
+    CheckedImage,
+    ImageFlag,
+    ImageRules,
+    Reason,
+    Rejection,
+    exif_orientation,
+    resized_image,
+)
 from shards.objects import Bytes
+from shards.phash import phash
 
 LONGEST_DECODE_S = 120.0
 
-_LOSSY = {"jpeg", "avif", "heic"}
+_LOSSY = {"jpeg", "avif", "heic", "jp2"}
 _PILLOW_NAMES = {"jp2": "JPEG2000", "pnm": "PPM", "heic": "HEIF"}
-_ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258
+_ORIENTATION_TAG = 0x0112
+_ALL_MODES = ("RGB", "L", "P", "1", "RGBA", "LA")
+# No TIFF, JPEG 2000 or BMP with a palette: training decoders refuse some that Pillow reads.
+_KEPT_MODES = {
+    "png": _ALL_MODES,
+    "webp": _ALL_MODES,
+    "pnm": _ALL_MODES,
+    "bmp": ("RGB",),
+}
+
+
+@dataclass(frozen=True)
+class _Died:
+    code: int | None
 
 
 class Decoder:
@@ -51,7 +75,22 @@ class Decoder:
         self._stop()
 
     def check(self, data: Bytes, found: str, rules: ImageRules) -> CheckedImage | Rejection:
-        """Decode an image of the format `found` fully, and rewrite it where training could not."""
+        """Decode an image of the format `found` fully, and rewrite it where training could not.
+
+        A child that dies is no fault of the image until a second one dies of it, too: it may have
+        been killed, or memory may have been short for a moment.
+        """
+        code = None
+        for _ in range(2):
+            answer = self._ask(data, found, rules)
+            if not isinstance(answer, _Died):
+                return answer
+            code = answer.code
+        return _crash(f"the {found} decoder died of it twice, with exit code {code}")
+
+    def _ask(
+        self, data: Bytes, found: str, rules: ImageRules
+    ) -> "CheckedImage | Rejection | _Died":
         child = self._start()
         assert child.stdin is not None, "a pipe"
         assert child.stdout is not None, "a pipe"
@@ -64,7 +103,7 @@ class Decoder:
                 return _crash(f"no answer within {self._longest_decode_s:g} s")
             answer: CheckedImage | Rejection = pickle.load(child.stdout)
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
-            return _crash(f"the {found} decoder died with exit code {self._stop()}")
+            return _Died(self._stop())
         if isinstance(answer, CheckedImage) and answer.data is None:
             return replace(answer, data=data)  # kept bytes do not travel back
         return answer
@@ -135,16 +174,30 @@ def decode(data: bytes, found: str, rules: ImageRules) -> CheckedImage | Rejecti
         frames = int(getattr(image, "n_frames", 1))
         orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
         deep = _is_deep(image, data, found)
+        turned = _orientation_for_others(data, found) not in (None, orientation)
         image.load()
         if refused := rules.refuse(*image.size):  # some formats show their true size only now
             return refused
-        return _settle(image, found, orientation=orientation, frames=frames, deep=deep)
+        return _settle(
+            image,
+            found,
+            rules,
+            orientation=orientation,
+            frames=frames,
+            disputed=deep or turned,
+        )
     except Exception as err:  # as above
         return Rejection(reason=_damage(data, found), detail=_said(err))
 
 
 def _settle(
-    image: Image.Image, found: str, *, orientation: int, frames: int, deep: bool
+    image: Image.Image,
+    found: str,
+    rules: ImageRules,
+    *,
+    orientation: int,
+    frames: int,
+    disputed: bool,
 ) -> CheckedImage | Rejection:
     """Keep the bytes if every training decoder sees the same in them; rewrite them otherwise."""
     if image.mode == "F" or (image.mode == "I" and found == "tiff"):
@@ -152,13 +205,12 @@ def _settle(
         return Rejection(reason=Reason.UNSUPPORTED_FORMAT, detail=detail)
     has_alpha = image.has_transparency_data
     is_opaque = not has_alpha or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
-    plain_modes = ("RGB", "L") if found == "tiff" else ("RGB", "L", "P", "1", "RGBA", "LA")
+    too_large = rules.resizes(*image.size)
     if (
-        found in EXTENSIONS
-        and found != "jpeg"
-        and image.mode in plain_modes
+        image.mode in _KEPT_MODES.get(found, ())
+        and not too_large
         and is_opaque
-        and not deep
+        and not disputed
         and orientation == 1
         and (frames == 1 or found != "webp")
     ):
@@ -173,22 +225,20 @@ def _settle(
             orientation=1,
             flags=flags,
             action="keep",
+            phash=_phash(image),
         )
+    if too_large:
+        pixels = np.atleast_3d(np.asarray(_plain(image)))
+        height, width = pixels.shape[:2]
+        size = resize.resized(width, height, rules.resize_side)
+        return resized_image(resize.resize(pixels, size))
     action = "transcode" if is_opaque else "flatten_alpha"
     return _rewrite(image, action=action, is_lossy=found in _LOSSY and is_opaque)
 
 
 def _rewrite(image: Image.Image, *, action: str, is_lossy: bool) -> CheckedImage:
-    """The first frame, upright, 8 bits, on white: what was lossy as JPEG, all else as PNG."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        wide = np.asarray(upright).astype(np.float64)
-        upright = Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8))
-    if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        upright = Image.alpha_composite(white, layer)
-    plain = upright.convert("L" if upright.mode in ("L", "1") else "RGB")
+    """What was lossy as JPEG, all else as PNG."""
+    plain = _plain(image)
     written = io.BytesIO()
     if is_lossy:
         plain.save(written, "JPEG", quality=95, subsampling=0)
@@ -202,21 +252,46 @@ def _rewrite(image: Image.Image, *, action: str, is_lossy: bool) -> CheckedImage
         orientation=1,
         flags=ImageFlag(0),
         action=action,
+        phash=_phash(plain),
     )
 
 
+def _plain(image: Image.Image) -> Image.Image:
+    """The first frame, upright, 8 bits, on white: RGB or L."""
+    upright = ImageOps.exif_transpose(image)
+    is_gray = upright.mode in ("L", "LA", "1") or upright.mode.startswith("I")
+    if upright.mode.startswith("I"):
+        wide = np.asarray(upright).astype(np.float64)
+        upright = Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8))
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        upright = Image.alpha_composite(white, layer)
+    return upright.convert("L" if is_gray else "RGB")
+
+
+def _phash(image: Image.Image) -> int:
+    return phash(np.asarray(image.convert("L")), size=image.size, averaged=1, orientation=1)
+
+
 def _is_deep(image: Image.Image, data: bytes, found: str) -> bool:
-    """More than 8 bits a channel, also where Pillow shows 8 of them."""
+    """Values other than 8 bits a channel, also where Pillow shows 8 of them."""
     if found == "png":
         return data[24] == 16
-    if found == "tiff":
-        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))
-        return any(bit != 8 for bit in bits)
-    if found == "jp2":
-        # SIZ marker segment (ITU T.800, A.5.1): Ssiz of the first component is its bits minus 1.
-        siz = data.find(b"\xff\x51")
-        return siz < 0 or (data[siz + 40] & 0x7F) > 7
+    if found == "pnm":
+        # Training decoders ignore the greatest value, and take 15 of 15 for almost black.
+        fields = re.sub(rb"#[^\r\n]*", b"", data[:1000]).split(maxsplit=4)
+        return fields[0] not in (b"P5", b"P6") or fields[3:4] != [b"255"]
     return image.mode.startswith("I")
+
+
+def _orientation_for_others(data: bytes, found: str) -> int | None:
+    """What more lenient decoders read in a chunk that Pillow finds broken, or does not look for."""
+    # A WebP chunk has its length behind its name.
+    name, skipped = {"webp": (b"EXIF", 8), "png": (b"eXIf", 4)}.get(found, (b"", 0))
+    if not name or (at := data.rfind(name)) < 0:
+        return None
+    return exif_orientation(data[at + skipped :].removeprefix(b"Exif\0\0"))
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from enum import IntFlag, StrEnum
 from typing import Protocol
 
+import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 
+from shards import resize
 from shards.objects import Bytes
+from shards.phash import phash, squares
 
 
 class Reason(StrEnum):
@@ -70,10 +74,16 @@ class Rejection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRules:
-    """What a usable image is."""
+    """What a usable image is, and how large it may stay."""
 
     max_pixels: int
     min_side: int
+    resize_side: int
+    """An image whose shorter side is larger is resized to this; 0 keeps every size."""
+
+    def resizes(self, width: int, height: int) -> bool:
+        """Whether an image of this size is too large to be kept as it is."""
+        return 0 < self.resize_side < min(width, height)
 
     def refuse(self, width: int, height: int) -> Rejection | None:
         """A rejection if the header's size breaks the rules."""
@@ -104,7 +114,9 @@ class CheckedImage:
     """EXIF orientation of `data`, 1 to 8; other than 1 in a JPEG only."""
     flags: ImageFlag
     action: str
-    """keep, or what was done: flatten_alpha, transcode."""
+    """keep, or what was done: flatten_alpha, transcode, resize."""
+    phash: int
+    """Perceptual hash of the picture, upright; 64 bits."""
 
 
 class PixelDecoder(Protocol):
@@ -213,28 +225,27 @@ def _check_jpeg(data: Bytes, rules: ImageRules, decoder: PixelDecoder) -> Checke
         )
         return Rejection(reason=Reason.UNSUPPORTED_FORMAT, detail=detail)
     # Behind the first scan: the thumbnail in an EXIF header has an end marker of its own.
-    end = raw.find(b"\xff\xd9", header.first_scan)
-    if end < 0:
+    # From the back, where it nearly always is.
+    if raw.rfind(b"\xff\xd9", header.first_scan) < 0:
         return Rejection(reason=Reason.TRUNCATED, detail="no end marker")
-    if (scans := raw.count(b"\xff\xda", header.first_scan, end)) > _MOST_SCANS:
-        return Rejection(reason=Reason.BOMB, detail=f"{scans} scans, limit {_MOST_SCANS}")
-    try:
-        # Strict: a warning is an error. Decoding an eighth of the size shows the same damage.
-        simplejpeg.decode_jpeg(
-            raw,
-            colorspace="CMYK" if header.components == 4 else "GRAY",
-            strict=True,
-            min_factor=8,
-            min_height=1,
-            min_width=1,
-        )
-    except ValueError as err:
-        said = (str(err).splitlines() or ["damaged"])[0][:200]
-        early = "premature end" in said.lower() or "too short" in said.lower()
-        return Rejection(reason=Reason.TRUNCATED if early else Reason.CORRUPT, detail=said)
-    if header.components == 4:
-        return decoder.check(data, "jpeg", rules)
+    # Decoders read one scan only if that is sequential and has all components (its fifth byte).
+    if header.process == 2 or raw[header.first_scan + 4] < header.components:
+        end = raw.find(b"\xff\xd9", header.first_scan)
+        if (scans := raw.count(b"\xff\xda", header.first_scan, end)) > _MOST_SCANS:
+            return Rejection(reason=Reason.BOMB, detail=f"{scans} scans, limit {_MOST_SCANS}")
     width, height = header.width, header.height
+    if header.components == 4:
+        damage = _decode_jpeg(raw, "CMYK", -(-width // 8), -(-height // 8))
+        return damage if isinstance(damage, Rejection) else decoder.check(data, "jpeg", rules)
+    if rules.resizes(width, height):
+        return _resize_jpeg(raw, header, rules.resize_side)
+    averaged = min(squares(width, height), 8)
+    gray = _decode_jpeg(raw, "GRAY", -(-width // averaged), -(-height // averaged))
+    if isinstance(gray, Rejection):
+        return gray
+    hashed = phash(
+        gray[..., 0], size=(width, height), averaged=averaged, orientation=header.orientation
+    )
     if header.orientation >= 5:  # 5 to 8 lie on their side
         width, height = height, width
     flags = ImageFlag.PROGRESSIVE if header.process == 2 else ImageFlag(0)
@@ -246,12 +257,57 @@ def _check_jpeg(data: Bytes, rules: ImageRules, decoder: PixelDecoder) -> Checke
         orientation=header.orientation,
         flags=flags | (ImageFlag.ICC_PROFILE if header.has_icc else ImageFlag(0)),
         action="keep",
+        phash=hashed,
     )
+
+
+def _resize_jpeg(raw: bytes, header: _JpegHeader, side: int) -> CheckedImage | Rejection:
+    size = resize.resized(header.width, header.height, side)
+    colorspace = "GRAY" if header.components == 1 else "RGB"
+    decoded = _decode_jpeg(raw, colorspace, *resize.decoded(header.width, header.height, side))
+    if isinstance(decoded, Rejection):
+        return decoded
+    return resized_image(resize.upright(resize.resize(decoded, size), header.orientation))
+
+
+def resized_image(pixels: NDArray[np.uint8]) -> CheckedImage:
+    """What is packed of an image that was resized to these pixels, H x W x 3 or 1, upright."""
+    height, width = pixels.shape[:2]
+    return CheckedImage(
+        data=resize.encode(pixels),
+        format="jpeg",
+        width=width,
+        height=height,
+        orientation=1,
+        flags=ImageFlag(0),
+        action="resize",
+        phash=phash(resize.gray(pixels), size=(width, height), averaged=1, orientation=1),
+    )
+
+
+def _decode_jpeg(
+    raw: bytes, colorspace: str, width: int, height: int
+) -> NDArray[np.uint8] | Rejection:
+    """Pixels at the smallest scale that is not below this size, or what is wrong with them.
+
+    Strict: a warning is an error. Every scale shows the same damage, an eighth of the size too.
+    """
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            raw, colorspace=colorspace, strict=True, min_width=width, min_height=height
+        )
+    except ValueError as err:
+        said = (str(err).splitlines() or ["damaged"])[0][:200]
+        if "subsampling" in said:  # whole, but libjpeg-turbo's interface has no name for it
+            return Rejection(reason=Reason.UNSUPPORTED_FORMAT, detail=said)
+        early = "premature end" in said.lower() or "too short" in said.lower()
+        return Rejection(reason=Reason.TRUNCATED if early else Reason.CORRUPT, detail=said)
+    return pixels
 
 
 def _read_jpeg_header(raw: bytes) -> _JpegHeader | Rejection:
     """Walk the marker segments up to the first scan (ITU T.81, B.1.1)."""
-    at, frame, orientation, has_icc = 2, None, 0, False
+    at, frame, orientation, has_icc = 2, None, 1, False
     while at + 4 <= len(raw):
         if raw[at] != 0xFF:
             return Rejection(reason=Reason.CORRUPT, detail=f"no marker at byte {at}")
@@ -259,17 +315,16 @@ def _read_jpeg_header(raw: bytes) -> _JpegHeader | Rejection:
         if marker == 0xFF:  # fill byte
             at += 1
             continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
-            at += 2
-            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # no segment follows, and none belongs here
+            return Rejection(reason=Reason.CORRUPT, detail=f"stray marker at byte {at}")
         if marker == 0xD9:
             return Rejection(reason=Reason.CORRUPT, detail="ends before any scan")
         (length,) = struct.unpack_from(">H", raw, at + 2)
         body = raw[at + 4 : at + 2 + length]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(body) >= 6:
             frame = (marker & 0x0F, *struct.unpack_from(">BHHB", body))
-        elif marker == 0xE1 and body.startswith(b"Exif\0\0") and not orientation:
-            orientation = _exif_orientation(body[6:])
+        elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
+            orientation = exif_orientation(body[6:]) or orientation  # the last one counts
         elif marker == 0xE2 and body.startswith(b"ICC_PROFILE\0"):
             has_icc = True
         elif marker == 0xDA:
@@ -282,7 +337,7 @@ def _read_jpeg_header(raw: bytes) -> _JpegHeader | Rejection:
                 components=components,
                 precision=precision,
                 process=process,
-                orientation=orientation or 1,
+                orientation=orientation,
                 has_icc=has_icc,
                 first_scan=at,
             )
@@ -290,18 +345,22 @@ def _read_jpeg_header(raw: bytes) -> _JpegHeader | Rejection:
     return Rejection(reason=Reason.TRUNCATED, detail="ends inside the header")
 
 
-def _exif_orientation(tiff: bytes) -> int:
-    """Orientation tag of the first directory (EXIF 2.3, 4.6.4); 1 if it is missing or nonsense."""
+def exif_orientation(tiff: bytes) -> int | None:
+    """Orientation tag of the first directory (EXIF 2.3, 4.6.4); 1 if nonsense, None if missing.
+
+    As lenient as DALI, whose upright size the index must name: type and count of the tag are not
+    looked at, and anything but II is big-endian.
+    """
+    order = "<" if tiff[:2] == b"II" else ">"
     try:
-        order = {b"II": "<", b"MM": ">"}[tiff[:2]]
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        magic, directory = struct.unpack_from(f"{order}HI", tiff, 2)
+        if magic != 42:
+            return None
         (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
         for entry in range(entries):
-            tag, kind, count, value = struct.unpack_from(
-                f"{order}HHIH", tiff, directory + 2 + 12 * entry
-            )
-            if tag == 0x0112 and kind == 3 and count == 1:
+            tag, value = struct.unpack_from(f"{order}H6xH", tiff, directory + 2 + 12 * entry)
+            if tag == 0x0112:
                 return int(value) if 1 <= value <= 8 else 1
-    except (KeyError, struct.error):
+    except struct.error:
         pass
-    return 1
+    return None

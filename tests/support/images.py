@@ -1,7 +1,9 @@
 """Good and spoilt images of every kind that a raw bucket holds, made on the spot."""
 
+import gzip
 import io
 import struct
+import tarfile
 import zlib
 from dataclasses import dataclass
 
@@ -87,6 +89,13 @@ def good_images() -> dict[str, Good]:
         "jpeg-orientation-nonsense": Good(data=jpeg(1, exif=exif(77)), format="jpeg"),
         "jpeg-tail": Good(data=jpeg(1) + bytes(range(256)) * 20, format="jpeg"),
         "jpeg-two-frames": Good(data=mpo.getvalue(), format="jpeg"),
+        "jpeg-restarts": Good(data=jpeg(1, restart_marker_rows=1), format="jpeg"),
+        "jpeg-huge-header": Good(data=_huge_header(jpeg(1)), format="jpeg"),
+        "jpeg-thumbnail": Good(data=_with_thumbnail(jpeg(1)), format="jpeg"),
+        "jpeg-fill-bytes": Good(data=_fill_bytes(jpeg(1)), format="jpeg"),
+        "jpeg-ycck": Good(
+            data=_ycck(encode(rgb.convert("CMYK"), "JPEG")), format="jpeg", action="transcode"
+        ),
         "jpeg-cmyk": Good(
             data=encode(rgb.convert("CMYK"), "JPEG"), format="jpeg", action="transcode"
         ),
@@ -99,6 +108,13 @@ def good_images() -> dict[str, Good]:
         "png": Good(data=encode(rgb, "PNG"), format="png"),
         "png-gray": Good(data=encode(rgb.convert("L"), "PNG"), format="png"),
         "png-one-bit": Good(data=encode(rgb.convert("1"), "PNG"), format="png"),
+        "png-two-bits": Good(data=encode(rgb.quantize(4), "PNG", bits=2), format="png"),
+        "png-interlaced": Good(data=_interlaced_png(rgb), format="png"),
+        "png-transparent-gray": Good(
+            data=encode(rgb.convert("L"), "PNG", transparency=90),
+            format="png",
+            action="flatten_alpha",
+        ),
         "png-palette": Good(data=encode(palette, "PNG"), format="png"),
         "png-opaque": Good(data=encode(opaque, "PNG"), format="png"),
         "png-alpha": Good(data=encode(clear, "PNG"), format="png", action="flatten_alpha"),
@@ -126,6 +142,12 @@ def good_images() -> dict[str, Good]:
             format="png",
             action="transcode",
         ),
+        "webp-turned": Good(
+            data=encode(rgb, "WEBP", exif=exif(6)), format="png", action="transcode", size=turned
+        ),
+        "webp-hidden-exif": Good(
+            data=_without_flags(encode(rgb, "WEBP", exif=exif(6))), format="png", action="transcode"
+        ),
         "gif": Good(data=encode(palette, "GIF"), format="png", action="transcode"),
         "gif-animated": Good(
             data=encode(rgb, "GIF", save_all=True, append_images=frames),
@@ -133,6 +155,7 @@ def good_images() -> dict[str, Good]:
             action="transcode",
         ),
         "avif": Good(data=encode(rgb, "AVIF"), format="jpeg", action="transcode"),
+        "avif-alpha": Good(data=encode(clear, "AVIF"), format="png", action="flatten_alpha"),
         "ico": Good(
             data=encode(rgb.resize((32, 32)), "ICO", sizes=[(32, 32)]),
             format="png",
@@ -140,14 +163,48 @@ def good_images() -> dict[str, Good]:
             size=(32, 32),
         ),
         "bmp": Good(data=encode(rgb, "BMP"), format="bmp"),
-        "bmp-palette": Good(data=encode(palette, "BMP"), format="bmp"),
-        "bmp-one-bit": Good(data=encode(rgb.convert("1"), "BMP"), format="bmp"),
-        "tiff": Good(data=encode(rgb, "TIFF"), format="tiff"),
-        "tiff-lzw": Good(data=encode(rgb, "TIFF", compression="tiff_lzw"), format="tiff"),
-        "tiff-deflate": Good(
-            data=encode(rgb, "TIFF", compression="tiff_adobe_deflate"), format="tiff"
+        "bmp-palette": Good(data=encode(palette, "BMP"), format="png", action="transcode"),
+        "bmp-one-bit": Good(data=encode(rgb.convert("1"), "BMP"), format="png", action="transcode"),
+        "bmp-top-down": Good(data=_bmp(rgb, bits=24, top_down=True), format="bmp"),
+        "bmp-32-bit": Good(data=_bmp(rgb, bits=32), format="bmp"),
+        "tiff-big-endian": Good(data=_tiff(rgb, order=">"), format="png", action="transcode"),
+        "tiff-planar": Good(data=_tiff(rgb, planar=True), format="png", action="transcode"),
+        "tiff-white-is-zero": Good(
+            data=_tiff(rgb.convert("L"), inverted=True), format="png", action="transcode"
         ),
-        "tiff-gray": Good(data=encode(rgb.convert("L"), "TIFF"), format="tiff"),
+        "tiff-jpeg": Good(
+            data=encode(rgb, "TIFF", compression="jpeg"), format="png", action="transcode"
+        ),
+        "tiff-packbits": Good(
+            data=encode(rgb, "TIFF", compression="packbits"), format="png", action="transcode"
+        ),
+        "tiff-fax": Good(
+            data=encode(rgb.convert("1"), "TIFF", compression="group4"),
+            format="png",
+            action="transcode",
+        ),
+        "tiff-alpha": Good(data=encode(clear, "TIFF"), format="png", action="flatten_alpha"),
+        "tiff-pages": Good(
+            data=encode(rgb.copy(), "TIFF", save_all=True, append_images=[picture(2)]),
+            format="png",
+            action="transcode",
+        ),
+        "tiff-turned": Good(
+            data=encode(rgb, "TIFF", tiffinfo={274: 6}),
+            format="png",
+            action="transcode",
+            size=turned,
+        ),
+        "tiff": Good(data=encode(rgb, "TIFF"), format="png", action="transcode"),
+        "tiff-lzw": Good(
+            data=encode(rgb, "TIFF", compression="tiff_lzw"), format="png", action="transcode"
+        ),
+        "tiff-deflate": Good(
+            data=encode(rgb, "TIFF", compression="tiff_adobe_deflate"),
+            format="png",
+            action="transcode",
+        ),
+        "tiff-gray": Good(data=encode(rgb.convert("L"), "TIFF"), format="png", action="transcode"),
         "tiff-16-bit": Good(
             data=encode(Image.fromarray(deep), "TIFF"), format="png", action="transcode"
         ),
@@ -155,10 +212,27 @@ def good_images() -> dict[str, Good]:
         "tiff-cmyk": Good(
             data=encode(rgb.convert("CMYK"), "TIFF"), format="png", action="transcode"
         ),
-        "jp2": Good(data=encode(rgb, "JPEG2000"), format="jp2"),
-        "jp2-gray": Good(data=encode(rgb.convert("L"), "JPEG2000"), format="jp2"),
+        "jp2": Good(data=encode(rgb, "JPEG2000"), format="jpeg", action="transcode"),
+        "jp2-gray": Good(
+            data=encode(rgb.convert("L"), "JPEG2000"), format="jpeg", action="transcode"
+        ),
         "ppm": Good(data=encode(rgb, "PPM"), format="pnm"),
         "pgm": Good(data=encode(rgb.convert("L"), "PPM"), format="pnm"),
+        "pbm": Good(data=encode(rgb.convert("1"), "PPM"), format="png", action="transcode"),
+        "ppm-plain": Good(data=_plain_ppm(rgb), format="png", action="transcode"),
+        "ppm-comment": Good(data=encode(rgb, "PPM").replace(b"\n", b"\n# 15\n", 1), format="pnm"),
+        "pgm-four-bits": Good(
+            data=b"P5\n72 48\n15\n"
+            + np.round(np.asarray(rgb.convert("L")) / 17).astype(np.uint8).tobytes(),
+            format="png",
+            action="transcode",
+        ),
+        "ppm-ten-bits": Good(
+            data=b"P6\n72 48\n1023\n"
+            + (np.asarray(rgb).astype(np.uint16) * 4).astype(">u2").tobytes(),
+            format="png",
+            action="transcode",
+        ),
         "pgm-16-bit": Good(
             data=b"P5\n72 48\n65535\n" + deep.astype(">u2").tobytes(),
             format="png",
@@ -173,6 +247,7 @@ def spoilt_images() -> dict[str, tuple[bytes, str]]:
     noisy = encode(Image.effect_noise((200, 150), 90).convert("RGB"), "JPEG", quality=95)
     with_thumbnail = _with_thumbnail(noisy)
     gif, avif = encode(picture(5), "GIF"), encode(picture(5), "AVIF")
+    bmp, jp2 = encode(picture(5), "BMP"), encode(picture(5), "JPEG2000")
     return {
         "empty.jpg": (b"", "empty"),
         "page.jpg": (b"<!DOCTYPE html><html></html>", "html_or_xml"),
@@ -181,6 +256,29 @@ def spoilt_images() -> dict[str, tuple[bytes, str]]:
         "drawing.svg": (b'<svg xmlns="x"></svg>', "unsupported_format"),
         "drawing-xml.svg": (b'<?xml version="1.0"?>\n<svg></svg>', "unsupported_format"),
         "zeros.jpg": (bytes(1000), "unknown_magic"),
+        "noise.jpg": (np.random.default_rng(3).bytes(3000), "unknown_magic"),
+        "layers.psd": (b"8BPS\0\x01" + bytes(300), "unknown_magic"),
+        "photo.jpg.gz": (gzip.compress(whole), "unknown_magic"),
+        "photos.tar": (_tar(whole), "unknown_magic"),
+        "photo.jxl": (b"\xff\x0a\x78\x02\x62\x08" + bytes(90), "unknown_magic"),
+        "big.tif": (encode(picture(5), "TIFF", big_tiff=True), "unknown_magic"),
+        "odd-sampling.jpg": (_odd_sampling(whole), "unsupported_format"),
+        "huge-header.gif": (gif[:6] + b"\xff" * 4 + gif[10:], "bomb"),
+        "huge-header.bmp": (_patch(bmp, 18, struct.pack("<ii", 60_000, 60_000)), "bomb"),
+        "no-width.bmp": (_patch(bmp, 18, struct.pack("<ii", 0, 48)), "corrupt"),
+        "huge-header.ppm": (b"P6\n90000 90000\n255\n" + bytes(100), "bomb"),
+        "huge-header.jp2": (_huge_jp2(jp2), "bomb"),
+        "lying-header.jp2": (
+            _patch(jp2, jp2.index(b"\xff\x51") + 6, struct.pack(">II", 60_000, 60_000)),
+            "corrupt",
+        ),
+        "huge-header.tif": (_tiff(picture(5), size=(60_000, 60_000)), "bomb"),
+        "no-colours.png": (_png(WIDTH, HEIGHT, zlib.compress(bytes(73 * 48)), colour=3), "corrupt"),
+        "text-bomb.png": (
+            _png(1, 1, zlib.compress(bytes(4)), text=bytes(90_000_000)),
+            "corrupt",
+        ),
+        "no-frame.ico": (b"\0\0\x01\0\x01\0" + bytes(40), "corrupt"),
         "document.pdf": (b"%PDF-1.4\n" + bytes(200), "unknown_magic"),
         "archive.jpg": (b"PK\x03\x04" + bytes(100), "unknown_magic"),
         "video.mp4": (b"\0\0\0\x18ftypmp42" + bytes(100), "unknown_magic"),
@@ -246,10 +344,20 @@ def _with_thumbnail(data: bytes) -> bytes:
     return data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(body)) + body + data[2:]
 
 
-def _png(width: int, height: int, pixels: bytes, *, depth: int = 8) -> bytes:
-    """An RGB PNG with any pixel data, its checksums right."""
-    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+def _png(
+    width: int,
+    height: int,
+    pixels: bytes,
+    *,
+    depth: int = 8,
+    colour: int = 2,
+    interlaced: bool = False,
+    text: bytes | None = None,
+) -> bytes:
+    """A PNG with any pixel data, its checksums right; RGB unless `colour` says otherwise."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    extra = () if text is None else ((b"zTXt", b"Comment\0\0" + zlib.compress(text)),)
+    chunks = ((b"IHDR", header), *extra, (b"IDAT", pixels), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks
@@ -263,7 +371,138 @@ def _deep_png(image: Image.Image) -> bytes:
     return _png(image.width, image.height, zlib.compress(rows), depth=16)
 
 
+def _without_flags(webp: bytes) -> bytes:
+    """The header's flags say that there is no EXIF (RFC 9649, 2.7)."""
+    return _patch(webp, 20, b"\0")
+
+
 def _huge_webp() -> bytes:
     canvas = (16_000 - 1).to_bytes(3, "little") * 2
     body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas
     return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def _interlaced_png(image: Image.Image) -> bytes:
+    """The seven passes of Adam7 (PNG specification, 8.2), which Pillow cannot write."""
+    pixels, rows = np.asarray(image), b""
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4))
+    for x, y, every_x, every_y in (*passes, (1, 0, 2, 2), (0, 1, 1, 2)):
+        rows += b"".join(b"\0" + row.tobytes() for row in pixels[y::every_y, x::every_x])
+    return _png(image.width, image.height, zlib.compress(rows), interlaced=True)
+
+
+def _patch(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+def _huge_header(data: bytes) -> bytes:
+    """Four segments of 64 kB before the image, one of them nonsense under the name of EXIF."""
+    segment = b"\xff\xe1\xff\xff" + b"Exif\0\0" + b"\xff\xd9" * 32763 + b"\0"
+    return data[:2] + segment + segment.replace(b"Exif", b"Else") * 3 + data[2:]
+
+
+def _fill_bytes(data: bytes) -> bytes:
+    """0xFF before a marker any number of times (ITU T.81, B.1.1.2)."""
+    tables = data.index(b"\xff\xdb")
+    return data[:tables] + b"\xff" * 7 + data[tables:]
+
+
+def _ycck(cmyk: bytes) -> bytes:
+    """A JPEG whose Adobe segment says YCCK: strange colours, but whole."""
+    transform = cmyk.index(b"Adobe") + 11
+    return _patch(cmyk, transform, b"\x02")
+
+
+def _odd_sampling(data: bytes) -> bytes:
+    """Luma sampled less than chroma: legal, but nothing that libjpeg-turbo has a name for."""
+    frame = data.index(b"\xff\xc0")
+    return _patch(data, frame + 11, bytes([0x11, 0, 2, 0x22]))
+
+
+def _tar(data: bytes) -> bytes:
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as tar:
+        member = tarfile.TarInfo("photo.jpg")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    return written.getvalue()
+
+
+def _plain_ppm(image: Image.Image) -> bytes:
+    numbers = " ".join(map(str, np.asarray(image).ravel().tolist()))
+    return f"P3\n{image.width} {image.height}\n255\n{numbers}\n".encode()
+
+
+def _bmp(image: Image.Image, *, bits: int, top_down: bool = False) -> bytes:
+    """A BMP of 24 or 32 bits a pixel."""
+    pixels = np.asarray(image)[:, :, ::-1]
+    if bits == 32:
+        pixels = np.dstack([pixels, np.zeros(pixels.shape[:2], np.uint8)])
+    assert image.width * bits % 32 == 0, "rows need no padding"
+    body = (pixels if top_down else pixels[::-1]).tobytes()
+    height = -image.height if top_down else image.height
+    header = struct.pack("<IiiHHIIiiII", 40, image.width, height, 1, bits, 0, len(body), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(body), 0, 0, 54) + header + body
+
+
+def _tiff(
+    image: Image.Image,
+    *,
+    order: str = "<",
+    planar: bool = False,
+    inverted: bool = False,
+    size: tuple[int, int] | None = None,
+    endless: bool = False,
+) -> bytes:
+    """An uncompressed TIFF (TIFF 6.0, section 2) of the kinds that Pillow does not write.
+
+    Args:
+        size: what the header says, if not the truth.
+        endless: the next page is this one.
+    """
+    pixels = np.atleast_3d(np.asarray(image))
+    height, width, channels = pixels.shape
+    if inverted:
+        pixels = 255 - pixels
+    body = (pixels.transpose(2, 0, 1) if planar else pixels).tobytes()
+    shown = size or (width, height)
+    strips = [8 + at * width * height for at in range(channels)] if planar else [8]
+    strip_bytes = [len(body) // len(strips)] * len(strips)
+    photometric = 2 if channels == 3 else 0 if inverted else 1
+    entries = [
+        (256, 4, [shown[0]]),
+        (257, 4, [shown[1]]),
+        (258, 3, [8] * channels),
+        (259, 3, [1]),
+        (262, 3, [photometric]),
+        (273, 4, strips),
+        (277, 3, [channels]),
+        (278, 4, [shown[1]]),
+        (279, 4, strip_bytes),
+        (284, 3, [2 if planar else 1]),
+    ]
+    at = 8 + len(body)
+    behind = at + 2 + 12 * len(entries) + 4
+    directory, values = struct.pack(f"{order}H", len(entries)), b""
+    for tag, kind, numbers in entries:
+        packed = struct.pack(f"{order}{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers)
+        if len(packed) > 4:
+            values_at = behind + len(values)
+            values += packed
+            packed = struct.pack(f"{order}I", values_at)
+        directory += struct.pack(f"{order}HHI", tag, kind, len(numbers)) + packed.ljust(4, b"\0")
+    directory += struct.pack(f"{order}I", at if endless else 0)
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", at)
+    return start + body + directory + values
+
+
+def endless_tiff() -> bytes:
+    """A TIFF whose list of pages is a circle."""
+    return _tiff(picture(5), endless=True)
+
+
+def _huge_jp2(data: bytes) -> bytes:
+    """Both headers, of the file and of the codestream, name a huge size."""
+    size = struct.pack(">II", 60_000, 60_000)
+    data = _patch(data, data.index(b"ihdr") + 4, size)
+    return _patch(data, data.index(b"\xff\x51") + 6, size)
