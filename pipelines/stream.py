@@ -275,7 +275,7 @@ class Stream:
         return future
 
     def _fetch(self, shard: int, start: int, end: int) -> Bytes:
-        (found,) = self._set.store.read_ranges(self._set.names[shard], [start], [end])
+        (found,) = self._set.tars.read_ranges(self._set.names[shard], [start], [end])
         with self._lock:
             self._read_bytes += end - start
             self._read_requests += 1
@@ -286,7 +286,7 @@ class Stream:
         self._quarantine.seen(len(need.positions))
         found = _Samples.wanted(need)
         for place, reading in enumerate(planned.readings):
-            self._wait_for(reading.future, self._set.store.uri(self._set.names[reading.shard]))
+            self._wait_for(reading.future, self._set.tars.uri(self._set.names[reading.shard]))
             member = int(need.members[place])
             fault = self._take(found, place, member, near=reading)
             if fault is not None:
@@ -313,7 +313,7 @@ class Stream:
         width, height = int(index.width[member]), int(index.height[member])
         orientation = int(index.orientation[member])
         found.data[place] = data
-        found.sample_ids[place] = self._set.first_ordinal[shard] + member
+        found.sample_ids[place] = self._set.first_ordinal[shard] + index.position[member]
         found.sizes[place] = width, height
         found.orientations[place] = orientation
         return damage(data, width=width, height=height, orientation=orientation)
@@ -344,15 +344,15 @@ class Stream:
             if self._take(found, place, substitute, near=near) is None:
                 return
         raise BadDataError(
-            f"{self._set.store.uri(self._set.names[shard])}: no sound sample left to take the "
+            f"{self._set.tars.uri(self._set.names[shard])}: no sound sample left to take the "
             f"place of sample {member} ({reason}); run 'moco-scale verify' on the shard set"
         )
 
     def _bad_sample(self, shard: int, member: int, position: int, reason: str) -> BadSample:
         return BadSample(
-            shard=self._set.store.uri(self._set.names[shard]),
+            shard=self._set.tars.uri(self._set.names[shard]),
             key=self._sample_key(shard, member),
-            sample_id=int(self._set.first_ordinal[shard]) + member,
+            sample_id=int(self._set.first_ordinal[shard] + self._set.index(shard).position[member]),
             position=position,
             reason=reason,
         )

@@ -24,6 +24,7 @@ from pipelines.stream import EncodedBatch, Need, Stream
 from pipelines.view_maker import ViewMaker, Views
 from pipelines.views import Draw, ViewParams, evaluation_views, pair_of_views
 from shards import ShardSet
+from shards.errors import FormatError
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,7 @@ class StreamingLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert self._stream is None, "a position is loaded before the first batch"
+        self._go_back_to(state.get("version"))
         for name, ours in self._identity().items():
             if state.get(name) != ours:
                 raise StateError(
@@ -172,6 +174,18 @@ class StreamingLoader:
         self._epoch = state["epoch"]
         self._consumed = state["consumed"]
         self._position = state["position"]
+
+    def _go_back_to(self, version: object) -> None:
+        """Open the version of the shard set that a run began with: it never changes."""
+        if version == self._set.version or not isinstance(version, int):
+            return
+        try:
+            self._set = ShardSet.open(self._set.url, version=version)
+        except FormatError:
+            return  # the comparison that follows says what is wrong
+        self._order = Order(
+            self._set.samples, seed=self._seed, lanes=self._order.lanes, block=self._order.block
+        )
 
     def stats(self) -> LoaderStats:
         return LoaderStats(
@@ -273,7 +287,7 @@ class StreamingLoader:
 _ADVICE = {
     "format": "it was saved by another version of this program",
     "set_id": "the shards have changed; start a new run, or point data.shards at the old set",
-    "version": "the shard set has grown or shrunk; start a new run",
+    "version": "the shard set has no such version (any more); start a new run",
     "algorithm": "it was saved by another version of this program",
     "seed": "continue with the seed that the run was started with",
     "lanes": "keep data.lanes_per_slot x data.global_batch_size as it was",
@@ -303,9 +317,10 @@ def iterate_once(
     Raises:
         StoreError, StalledError
     """
-    wanted = np.arange(shard_set.num_samples) if ordinals is None else np.unique(ordinals)
+    wanted = None if ordinals is None else np.unique(ordinals)
+    count = shard_set.num_samples if wanted is None else len(wanted)
     # A block is one request; where few are wanted, the samples between them are not worth reading.
-    block = _EVALUATION_BLOCK if len(wanted) * 8 >= shard_set.num_samples else 1
+    block = _EVALUATION_BLOCK if count * 8 >= shard_set.num_samples else 1
     quarantine = Quarantine(max_bad_frac=1.0)
     maker = _view_maker(
         _evaluation_draw,
@@ -338,7 +353,7 @@ def iterate_once(
     if quarantine.records():
         logger.warning(
             "%d of %d samples of %s could not be used",
-            len(quarantine.records()), len(wanted), shard_set.url,
+            len(quarantine.records()), count, shard_set.url,
         )  # fmt: skip
 
 
@@ -352,17 +367,40 @@ def _evaluation_draw(
 
 
 def _ordinal_needs(
-    shard_set: ShardSet, ordinals: NDArray[np.int64], batch_size: int
+    shard_set: ShardSet, ordinals: NDArray[np.int64] | None, batch_size: int
 ) -> Iterator[Need]:
-    for start in range(0, len(ordinals), batch_size):
-        part = ordinals[start : start + batch_size]
-        shards = np.searchsorted(shard_set.first_ordinal, part, side="right") - 1
-        yield Need(
-            positions=np.arange(start, start + len(part), dtype=np.int64),
-            lanes=np.zeros(len(part), dtype=np.int64),  # one lane: it walks through the set
-            shards=shards,
-            members=part - shard_set.first_ordinal[shards],
-        )
+    shards = members = np.zeros(0, dtype=np.int64)
+    start = 0
+    for shard, found in _live_members(shard_set, ordinals):
+        shards = np.append(shards, np.full(len(found), shard))
+        members = np.append(members, found)
+        is_last = shard == len(shard_set.names) - 1
+        while len(members) >= batch_size or (is_last and len(members)):
+            part = members[:batch_size]
+            yield Need(
+                positions=np.arange(start, start + len(part), dtype=np.int64),
+                lanes=np.zeros(len(part), dtype=np.int64),  # one lane: it walks through the set
+                shards=shards[:batch_size],
+                members=part,
+            )
+            start += len(part)
+            shards, members = shards[batch_size:], members[batch_size:]
+
+
+def _live_members(
+    shard_set: ShardSet, ordinals: NDArray[np.int64] | None
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Of every shard the numbers of the live samples that are wanted, ascending; all for None."""
+    for shard, first in enumerate(shard_set.first_ordinal.tolist()):
+        if ordinals is None:
+            yield shard, np.arange(shard_set.samples[shard])
+            continue
+        low, high = np.searchsorted(ordinals, [first, first + shard_set.slots[shard]])
+        if low == high:
+            yield shard, np.zeros(0, dtype=np.int64)
+            continue
+        is_wanted = np.isin(shard_set.index(shard).position, ordinals[low:high] - first)
+        yield shard, np.flatnonzero(is_wanted)
 
 
 def _view_maker(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shards.errors import AlreadyExistsError
 from shards.manifest import ShardRecord
-from shards.objects import Bytes
+from shards.objects import Bytes, RejectedObject
 from shards.store import Store
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,7 @@ class Marker:
     shard: int
     record: ShardRecord | None
     """None when not one object of the shard was usable: then there is no tar."""
-    rejected: tuple[tuple[str, int, str, str], ...]
-    """uri, size, reason, detail."""
+    rejected: tuple[RejectedObject, ...]
 
 
 def commit_shard(
@@ -35,7 +34,8 @@ def commit_shard(
     tar: Sequence[Bytes],
     index: bytes,
     samples: int,
-    rejected: Sequence[tuple[str, int, str, str]],
+    generation: int,
+    rejected: Sequence[RejectedObject],
 ) -> Marker:
     """Make a shard exist. If another worker was first, its marker counts and is returned.
 
@@ -51,9 +51,13 @@ def commit_shard(
         record = ShardRecord(
             name=f"shards/{name}.tar",
             index=f"index/{name}.parquet",
+            generation=generation,
+            slots=samples,
             samples=samples,
+            live=samples,
             bytes=sum(len(buffer) for buffer in tar),
             sha256=digest.hexdigest(),
+            tombstones=None,
         )
         store.put(record.name, list(tar))
         store.put(record.index, index)
@@ -76,6 +80,7 @@ def committed(store: Store) -> list[int]:
         int(path.rpartition("/")[2].removesuffix(".json"))
         for page in store.list(MARKERS)
         for path in page.column("path").to_pylist()
+        if path.endswith(".json")
     )
 
 
@@ -83,7 +88,7 @@ def read_marker(store: Store, shard: int) -> Marker:
     """The marker of a committed shard."""
     saved = json.loads(bytes(store.read(_path(shard))))
     record = ShardRecord(**saved["record"]) if saved["record"] else None
-    rejected = tuple((uri, size, reason, detail) for uri, size, reason, detail in saved["rejected"])
+    rejected = tuple(RejectedObject(*row) for row in saved["rejected"])
     return Marker(shard=saved["shard"], record=record, rejected=rejected)
 
 

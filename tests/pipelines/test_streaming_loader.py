@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -25,10 +26,12 @@ from pipelines.quarantine import candidates
 from pipelines.streaming_loader import StreamingLoader
 from shards import ShardSet
 from shards.errors import NotFoundError
+from shards.tombstones import DEAD
 from tests.support.shard_sets import (
     FaultyStore,
     flip_a_byte,
     locate,
+    make_shard_set,
     overwrite,
     stored,
     undecodable,
@@ -181,6 +184,25 @@ def test_a_state_of_another_stream_is_refused_with_both_values(shard_set: ShardS
             ):
                 loader.load_state_dict({**state, name: other})
         loader.load_state_dict(state)
+
+
+def test_a_run_stays_with_the_version_of_the_set_that_it_began_with(tmp_path: Path) -> None:
+    shard_set = make_shard_set(tmp_path, count=40, shard_samples=16)
+    config = settings(shard_set, loader="torch")
+    with opened(config) as loader:
+        take(loader, 2)
+        state = loader.state_dict()
+        following = take(loader, 3)
+    row = {"shard": 0, "position": 1, "reason": "takedown", "detail": ""}
+
+    changed = shard_set.bury(pa.Table.from_pylist([row], schema=DEAD))
+    with opened(config) as loader:
+        assert loader.state_dict()["version"] == changed.version == 2
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
+        served = take(loader, 3)
+
+    assert_same(served, following)
 
 
 def test_the_global_batch_may_change_to_a_divisor_of_the_lanes(shard_set: ShardSet) -> None:

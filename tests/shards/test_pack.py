@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ import webdataset
 import xxhash
 
 from demo.local_s3 import LocalS3
-from shards import PackConfig, PackReport, ShardSet, pack
+from shards import PackConfig, PackReport, ShardSet
+from shards import pack as pack_or_plan
 from shards.commit import read_marker
+from shards.compact import compact
 from shards.decoder import Decoder
 from shards.errors import (
     AccessError,
@@ -30,9 +34,11 @@ from shards.errors import (
     SourceError,
     UnreachableError,
 )
-from shards.pack import PackProgress, _begin, pack_shard
-from shards.plan import PlanSettings, load_plan
+from shards.folder import FolderStore
+from shards.pack import PackProgress, _Objects, pack_shard
+from shards.plan import Plan
 from shards.store import Store, open_store
+from shards.takedown import takedown
 from tests.support.images import encode, exif, good_images, jpeg, picture, spoilt_images
 
 SMALL = PackConfig(workers=1, max_shard_samples=5, seed=3)
@@ -67,6 +73,12 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def pack(source: str, destination: str, config: PackConfig, **more: Any) -> PackReport:
+    report = pack_or_plan(source, destination, config, **more)
+    assert report is not None
+    return report
 
 
 class Stop(BaseException):
@@ -105,13 +117,14 @@ def test_every_kind_of_object_is_packed_or_rejected_with_its_reason(tmp_path: Pa
         row["uri"].removeprefix(f"{source}/"): row for row in shard_set.rejections().to_pylist()
     }
     expected = {f"spoilt/{name}": reason for name, (_, reason) in spoilt.items()}
-    expected |= {"good/jpeg": "duplicate"}  # the first path is kept
     assert {name: row["reason"] for name, row in rejected.items()} == expected
-    assert rejected["good/jpeg"]["detail"] == f"same bytes as {source}/again/copy of a jpeg"
     assert rejected["spoilt/half.jpg"]["size"] == len(spoilt["half.jpg"][0])
     assert report.listed == len(good) + len(spoilt) + 1 == report.packed + len(rejected)
     assert report.rejected == Counter(row["reason"] for row in rejected.values())
-    assert set(packed) == {*good, "copy of a jpeg"} - {"jpeg"}
+    # A folder's listing does not tell that two files are equal: the later one is a tombstone.
+    assert report.dead == {"duplicate": 1}
+    assert set(packed) in ({*good}, {*good, "copy of a jpeg"} - {"jpeg"})
+    assert report.samples == report.packed - 1 == len(good)
     for name, image in good.items():
         if name in packed:
             row = table.slice(packed[name], 1).to_pylist()[0]
@@ -363,28 +376,37 @@ class MoodyStore:
         return self.inner.read(path, if_match=if_match)
 
 
-def planned(tmp_path: Path, contents: dict[str, bytes]) -> tuple[MoodyStore, Store, Any]:
+def planned(tmp_path: Path, contents: dict[str, bytes]) -> tuple[MoodyStore, Store, Plan]:
     """A plan of one shard, stopped before its work: with the raw and the destination store."""
     source = fill(tmp_path / "raw", contents)
-    store = open_store(str(tmp_path / "set"))
-    config = PackConfig(workers=1)
-    settings = PlanSettings(
-        source=source,
-        **{n: getattr(config, n) for n in PlanSettings.__slots__ if n != "source"},
+    seen: list[Plan] = []
+    nothing = pack_or_plan(
+        source,
+        str(tmp_path / "set"),
+        PackConfig(workers=1),
+        dry_run=True,
+        on_plan=lambda plan, _: seen.append(plan),
     )
-    plan = _begin(open_store(source), store, settings)
-    assert plan == load_plan(store, settings)
-    assert plan.num_shards == 1
-    return MoodyStore(open_store(source)), store, plan
+    assert nothing is None
+    assert seen[0].num_shards == 1
+    return MoodyStore(open_store(source)), open_store(str(tmp_path / "set")), seen[0]
 
 
-def work(raw: MoodyStore, store: Store, plan: Any, *, threads: int = 4) -> Any:
+def work(raw: MoodyStore, store: Store, plan: Plan, *, threads: int = 4) -> Any:
     with Decoder() as decoder:
-        return pack_shard(0, plan, raw=raw, store=store, decoder=decoder, fetch_threads=threads)  # type: ignore[arg-type]
+        return pack_shard(
+            0,
+            plan,
+            store=store,
+            open_source=lambda _: raw,  # type: ignore[arg-type, return-value]
+            decoder=decoder,
+            fetch_threads=threads,
+            fetch_bytes=2**20,
+        )
 
 
 def reasons(marker: Any) -> dict[str, str]:
-    return {uri.rpartition("/")[2]: reason for uri, _, reason, _ in marker.rejected}
+    return {row.uri.rpartition("/")[2]: row.reason for row in marker.rejected}
 
 
 def test_objects_deleted_or_replaced_after_the_listing_are_rejected(tmp_path: Path) -> None:
@@ -483,16 +505,16 @@ def test_of_two_workers_on_one_shard_the_first_counts(tmp_path: Path) -> None:
     assert (report.packed, report.rejected) == (4, {})
 
 
-def test_progress_counts_to_the_number_listed(tmp_path: Path) -> None:
+def test_progress_counts_to_the_last_shard(tmp_path: Path) -> None:
     source = fill(tmp_path / "raw", photos(11) | {"empty": b""})
     seen: list[PackProgress] = []
 
     report = pack(source, str(tmp_path / "set"), SMALL, progress=seen.append)
 
-    assert [state.total for state in seen] == [12] * report.shards
-    done = [state.done for state in seen]
-    assert done == sorted(done)
-    assert done[-1] == 12
+    assert [state.shards_done for state in seen] == list(range(1, report.shards + 1))
+    assert {state.shards for state in seen} == {report.shards}
+    assert (seen[-1].packed, seen[-1].rejected) == (11, 0)
+    assert seen[-1].bytes == report.bytes
 
 
 def test_hostile_names_are_packed_and_found_again(tmp_path: Path) -> None:
@@ -554,3 +576,248 @@ def _put_folder_marker(s3: LocalS3, bucket: str, key: str) -> None:
         region_name="us-east-1",
     )
     client.put_object(Bucket=bucket, Key=key, Body=b"")
+
+
+def test_new_and_changed_objects_become_another_generation(tmp_path: Path) -> None:
+    contents = photos(12)
+    source = fill(tmp_path / "raw", contents | {"page.jpg": b"<html>"})
+    first = pack(source, str(tmp_path / "set"), SMALL)
+    before = ShardSet.open(first.url).table(["uri"])
+    changed = next(name for name in contents if name.endswith("3.jpg"))
+    fill(tmp_path / "raw", {"new.jpg": jpeg(501), changed: jpeg(502)})
+
+    added = pack(source, first.url, SMALL, add=True)
+
+    assert (added.generation, added.version, added.set_id) == (1, 2, first.set_id)
+    assert (added.listed, added.packed, added.already) == (14, 2, 12)
+    assert added.dead == {"superseded": 1}
+    after = ShardSet.open(first.url).table(["uri"])
+    old = dict(zip(before["uri"].to_pylist(), before["sample_id"].to_pylist(), strict=True))
+    new = dict(zip(after["uri"].to_pylist(), after["sample_id"].to_pylist(), strict=True))
+    assert set(new) == {*old, f"{source}/new.jpg"}
+    assert {uri for uri in old if old[uri] != new[uri]} == {f"{source}/{changed}"}
+    assert min(new[f"{source}/new.jpg"], new[f"{source}/{changed}"]) >= 12
+    nothing = pack(source, first.url, SMALL, add=True)
+    assert (nothing.was_complete, nothing.version, nothing.already) == (True, 2, 14)
+    assert not (tmp_path / "set" / "plan" / "g0002").exists()
+
+
+def test_adding_that_was_stopped_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    source = fill(tmp_path / "raw", photos(9))
+    for name in ("whole", "cut"):
+        pack(source, str(tmp_path / name), SMALL)
+    fill(tmp_path / "raw", {f"new/{n}.jpg": jpeg(600 + n) for n in range(12)})
+    pack(source, str(tmp_path / "whole"), SMALL, add=True)
+
+    with pytest.raises(Stop):
+        pack(source, str(tmp_path / "cut"), SMALL, add=True, progress=stop_after(1))
+    assert ShardSet.open(str(tmp_path / "cut")).version == 1
+    pack(source, str(tmp_path / "cut"), SMALL, add=True)
+
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_the_users_columns_of_several_lists_travel_into_the_index(tmp_path: Path) -> None:
+    fill(tmp_path / "raw", {f"{n}.jpg": jpeg(n) for n in range(6)})
+    (tmp_path / "raw" / "one.csv").write_text("path,label\n0.jpg,cat\n1.jpg,dog\n2.jpg,cat\n")
+    (tmp_path / "raw" / "two.csv").write_text("path,caption\n3.jpg,a red car\n4.jpg,\n5.jpg,sea\n")
+    sources = [str(tmp_path / "raw" / name) for name in ("one.csv", "two.csv")]
+
+    report = pack_or_plan(sources, str(tmp_path / "set"), SMALL)
+
+    assert report is not None
+    assert report.packed == 6
+    rows = ShardSet.open(report.url).table(["uri", "label", "caption"]).to_pylist()
+    found = {Path(row["uri"]).name: (row["label"], row["caption"]) for row in rows}
+    assert found["0.jpg"] == ("cat", None)
+    assert found["3.jpg"] == (None, "a red car")
+
+
+def test_images_are_resized_only_if_they_are_larger(tmp_path: Path) -> None:
+    small, large = jpeg(1), jpeg(2)
+    source = fill(tmp_path / "raw", {"small.jpg": small, "large.jpg": large})
+    side = 40
+
+    report = pack(source, str(tmp_path / "set"), PackConfig(workers=1, resize_side=side))
+
+    shard_set = ShardSet.open(report.url)
+    rows = {Path(row["uri"]).name: row for row in shard_set.table().to_pylist()}
+    assert {row["action"] for row in rows.values()} == {"resize"}
+    assert {min(row["width"], row["height"]) for row in rows.values()} == {side}
+    assert rows["large.jpg"]["source_size"] == len(large)
+    kept = pack(source, str(tmp_path / "kept"), PackConfig(workers=1, resize_side=4096))
+    assert set(ShardSet.open(kept.url).table(["action"])["action"].to_pylist()) == {"keep"}
+
+
+def test_a_workers_memory_stays_within_its_bounds(tmp_path: Path) -> None:
+    bound, size = 4 * 2**20, 2**20
+    source = fill(tmp_path / "raw", {f"{n}.bin": os.urandom(size) for n in range(30)})
+    raw, held, most = open_store(source), 0, 0
+
+    class Counting:
+        url, uri, head = raw.url, raw.uri, raw.head
+
+        def read(self, path: str, *, if_match: str | None = None) -> Any:
+            nonlocal held, most
+            held += 1
+            most = max(most, held)
+            return raw.read(path, if_match=if_match)
+
+    seen: list[Plan] = []
+    pack_or_plan(
+        source,
+        str(tmp_path / "set"),
+        PackConfig(workers=1),
+        dry_run=True,
+        on_plan=lambda plan, _: seen.append(plan),
+    )
+    objects = _Objects(
+        seen[0].rows(open_store(str(tmp_path / "set")), 0),
+        lambda _: Counting(),  # type: ignore[arg-type, return-value]
+        max_object_bytes=2**30,
+    )
+    for _ in objects.fetch(threads=8, ahead_bytes=bound):
+        held -= 1
+
+    assert 1 < most <= bound // size + 1
+
+
+def served(url: str) -> dict[str, int]:
+    """Names of the objects whose samples are served, and their sample ids."""
+    rows = ShardSet.open(url).table(["uri"]).to_pylist()
+    return {row["uri"].rpartition("/")[2]: row["sample_id"] for row in rows}
+
+
+def test_content_that_moved_to_another_name_is_served_under_it(tmp_path: Path) -> None:
+    pictures = [jpeg(n) for n in range(6)]
+    source = fill(tmp_path / "raw", {f"{n}.jpg": pictures[n] for n in range(5)})
+    url = pack(source, str(tmp_path / "set"), SMALL).url
+    fill(tmp_path / "raw", {f"{n + 1}.jpg": pictures[n] for n in range(5)})
+    fill(tmp_path / "raw", {"0.jpg": pictures[5]})
+
+    pack(source, url, SMALL, add=True)
+
+    shard_set = ShardSet.open(url)
+    assert set(served(url)) == {f"{n}.jpg" for n in range(6)}
+    assert len(set(shard_set.table(["content"])["content"].to_pylist())) == 6
+
+
+def test_what_was_rejected_and_then_mended_is_packed_once(tmp_path: Path) -> None:
+    source = fill(tmp_path / "raw", {"0.jpg": jpeg(0), "m.jpg": b"<html>broken"})
+    url = pack(source, str(tmp_path / "set"), SMALL).url
+    fill(tmp_path / "raw", {"m.jpg": jpeg(77)})
+
+    first = pack(source, url, SMALL, add=True)
+    then = [pack(source, url, SMALL, add=True) for _ in range(2)]
+
+    assert (first.packed, first.already, first.dead) == (1, 1, {})
+    assert [(one.was_complete, one.packed, one.version) for one in then] == [(True, 0, 2)] * 2
+    assert set(served(url)) == {"0.jpg", "m.jpg"}
+
+
+def test_adding_keeps_what_a_compaction_said_of_the_set(tmp_path: Path) -> None:
+    source = fill(tmp_path / "raw", {f"{n}.jpg": jpeg(n) for n in range(8)})
+    first = pack(source, str(tmp_path / "set"), SMALL)
+    takedown(first.url, [f"{source}/3.jpg"])
+    compact(first.url, min_dead_frac=0, workers=1, delete_old=False)
+    fill(tmp_path / "raw", {"new.jpg": jpeg(50)})
+
+    added = pack(source, first.url, SMALL, add=True)
+
+    assert (added.packed, added.already, added.set_id) == (1, 8, first.set_id)
+    assert json.loads(ShardSet.open(first.url).metadata["erased"]) == {"takedown": 1}
+    assert "3.jpg" not in served(first.url)
+
+
+def test_a_dry_run_that_found_nothing_new_does_not_stop_the_next_one(tmp_path: Path) -> None:
+    source = fill(tmp_path / "raw", photos(4))
+    url = pack(source, str(tmp_path / "set"), SMALL).url
+    assert pack(source, url, SMALL, add=True, dry_run=True).was_complete
+    fill(tmp_path / "raw", {"new.jpg": jpeg(50)})
+
+    assert pack(source, url, SMALL, add=True).packed == 1
+
+
+def test_a_generation_of_other_settings_is_refused(tmp_path: Path) -> None:
+    source = fill(tmp_path / "raw", photos(4))
+    url = pack(source, str(tmp_path / "set"), SMALL).url
+
+    with pytest.raises(PlanError, match="resize_side 0, not 16"):
+        pack(source, url, replace(SMALL, resize_side=16), add=True)
+
+
+@pytest.mark.parametrize("at", ["shards.txt", "manifest.parquet"])
+def test_a_kill_behind_the_new_version_is_healed_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    source = fill(tmp_path / "raw", photos(4))
+    url = pack(source, str(tmp_path / "set"), SMALL).url
+    fill(tmp_path / "raw", {"new.jpg": jpeg(50)})
+    put = FolderStore.put
+
+    def killed(self: Any, path: str, buffers: Any, *, create_only: bool = False) -> str:
+        if path == at:
+            raise Stop
+        return put(self, path, buffers, create_only=create_only)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "put", killed)
+        with pytest.raises(Stop):
+            pack(source, url, SMALL, add=True)
+    again = pack(source, url, SMALL, add=True)
+
+    assert (again.was_complete, again.version) == (True, 2)
+    names = (tmp_path / "set" / "shards.txt").read_text().split()
+    assert names == ShardSet.open(url).names
+    newest = (tmp_path / "set" / "manifests" / "v000002.parquet").read_bytes()
+    assert (tmp_path / "set" / "manifest.parquet").read_bytes() == newest
+
+
+def test_a_killed_clean_up_of_a_hopeless_set_blocks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fill(tmp_path / "raw", {f"{n}.jpg": b"<html>%d" % n for n in range(4)})
+    delete = FolderStore.delete
+
+    def killed(self: Any, paths: Any) -> None:
+        for path in paths:
+            if not path.endswith("plan.json"):
+                raise Stop
+            delete(self, [path])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "delete", killed)
+        with pytest.raises(Stop):
+            pack(source, str(tmp_path / "set"), SMALL)
+    fill(tmp_path / "raw", photos(3))
+
+    assert pack(source, str(tmp_path / "set"), SMALL).packed == 3
+
+
+@pytest.mark.s3
+def test_labels_of_a_list_join_the_objects_of_their_bucket(s3: LocalS3, tmp_path: Path) -> None:
+    raw = s3.make_bucket("labelled-raw")
+    for n in range(4):
+        open_store(raw).put(f"{n}.jpg", jpeg(n))
+    labels = "".join(f"{raw}/{n}.jpg,label {n}\n" for n in range(4))
+    (tmp_path / "list.csv").write_text("uri,label\n" + labels)
+
+    report = pack_or_plan([raw, str(tmp_path / "list.csv")], str(tmp_path / "set"), SMALL)
+
+    assert report is not None
+    assert (report.listed, report.packed, report.rejected) == (8, 4, {"duplicate": 4})
+    rows = ShardSet.open(report.url).table(["uri", "label"]).to_pylist()
+    assert {row["label"] for row in rows} == {f"label {n}" for n in range(4)}
+
+
+@pytest.mark.s3
+def test_a_new_copy_of_a_packed_object_is_not_served_twice(s3: LocalS3) -> None:
+    raw, out = s3.make_bucket("copied-raw"), s3.make_bucket("copied-out")
+    for n in range(5):
+        open_store(raw).put(f"{n}.jpg", jpeg(n))
+    url = pack(raw, f"{out}/set", SMALL).url
+    open_store(raw).put("copy of 3.jpg", jpeg(3))
+
+    added = pack(raw, url, SMALL, add=True)
+
+    assert (added.packed, added.samples, added.dead) == (1, 5, {"duplicate": 1})
