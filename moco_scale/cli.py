@@ -3,24 +3,23 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved (start it again).
 """
 
-import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moco_scale import cli_shards
 from moco_scale.settings import UsageError, parse_flags
 from shards.errors import UserError
-from shards.pack import PackConfig, PackProgress, PackReport, pack
+from shards.objects import shown
 
-if TYPE_CHECKING:  # these load torch, which pack and info do without
+if TYPE_CHECKING:  # these load torch, which the commands about shards do without
     from moco_scale.evaluate import Evaluation
     from moco_scale.metrics import StepMetrics
 
@@ -31,8 +30,16 @@ usage: moco-scale COMMAND ...
 
 Self-supervised pretraining (MoCo) straight from a bucket of raw images.
 
-  pack SOURCE SHARD_SET      build shards from a raw bucket or folder
-  info SHARD_SET             what is in a shard set
+shards
+  pack SOURCE... SHARD_SET   build shards from raw buckets, folders, lists, tars
+  index TARS                 make a shard set of tars that somebody else wrote
+  info SHARD_SET             what is in it, with a contact sheet
+  verify SHARD_SET           every byte against the manifest
+  dedup SHARD_SET            bury near-duplicates
+  takedown SHARD_SET         bury the samples of given objects
+  compact SHARD_SET          erase what is buried
+  finalize SHARD_SET         stable names for tools that want a brace pattern
+training
   pretrain --data SHARD_SET --out RUN
                              train an encoder; also under torchrun:
                              torchrun --nproc-per-node 8 -m moco_scale pretrain ...
@@ -48,8 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
-        "pack": _pack,
-        "info": _info,
+        "pack": cli_shards.run_pack,
+        "index": cli_shards.run_index,
+        "info": cli_shards.run_info,
+        "verify": cli_shards.run_verify,
+        "dedup": cli_shards.run_dedup,
+        "takedown": cli_shards.run_takedown,
+        "compact": cli_shards.run_compact,
+        "finalize": cli_shards.run_finalize,
         "pretrain": _pretrain,
         "evaluate": _evaluate,
         "report": _report,
@@ -63,78 +76,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"moco-scale: unknown command {name!r}; known: {', '.join(commands)}", file=sys.stderr
         )
         return 2
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         return commands[name](rest)
     except UserError as err:
-        print(f"moco-scale {name}: error: {err}", file=sys.stderr)
+        print(f"moco-scale {name}: error: {shown(str(err))}", file=sys.stderr)
         return 2 if isinstance(err, UsageError) else 1
+    except OSError as err:  # a scratch folder, a file to write: what stores raise is a UserError
+        where = f"{err.filename}: " if err.filename else ""
+        print(
+            f"moco-scale {name}: error: {shown(f'{where}{err.strerror or err}')}", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"moco-scale {name}: interrupted", file=sys.stderr)
         return 130
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _PackArguments:
-    """Build shards from a raw bucket or folder: checked, deduplicated, shuffled WebDataset tars.
+class _OneLine(logging.Formatter):
+    """Names of objects are hostile: what does not print is escaped."""
 
-    Running the same command again continues where it stopped.
-    """
-
-    source: tyro.conf.Positional[str]
-    """Bucket, prefix or folder of images: s3://bucket/prefix, gs://, az://, or a path."""
-    shard_set: tyro.conf.Positional[str]
-    """Where the shards go: a URL or a path, empty or begun by this same command."""
-    config: tyro.conf.OmitArgPrefixes[PackConfig] = field(default_factory=PackConfig)
-
-
-def _pack(arguments: list[str]) -> int:
-    given = parse_flags(_PackArguments, arguments, prog="moco-scale pack")
-    with _progress("packing") as advance:
-
-        def show(progress: PackProgress) -> None:
-            advance(progress.done, progress.total)
-
-        report = pack(given.source, given.shard_set, given.config, progress=show)
-    _print_pack_report(report)
-    return 0
-
-
-def _print_pack_report(report: PackReport) -> None:
-    if report.was_complete:
-        console.print("already complete, nothing done")
-    rate = report.packed / report.seconds if report.seconds else 0.0
-    console.print(
-        f"listed {report.listed:,} = packed {report.packed:,} + rejected "
-        f"{sum(report.rejected.values()):,}"
-    )
-    for reason, count in sorted(report.rejected.items(), key=lambda item: -item[1]):
-        console.print(f"  {count:>8,}  {reason}")
-    console.print(
-        f"{report.shards:,} shards, {_size(report.bytes)}, {report.seconds:.1f} s "
-        f"({rate:,.0f} images/s)\n{report.url}  set {report.set_id[:12]}"
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _InfoArguments:
-    """What is in a shard set: counts, sizes, formats, what was rejected and why."""
-
-    shard_set: tyro.conf.Positional[str]
-    """URL or path of the shard set."""
-
-
-def _info(arguments: list[str]) -> int:
-    from shards.manifest import ShardSet  # kept beside its use: reads the set
-
-    given = parse_flags(_InfoArguments, arguments, prog="moco-scale info")
-    shard_set = ShardSet.open(given.shard_set)
-    found = shard_set.describe()
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in found.rows():
-        table.add_row(name, value)
-    console.print(table)
-    return 0
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))
 
 
 def _pretrain(arguments: list[str]) -> int:
@@ -214,38 +179,3 @@ def _report(arguments: list[str]) -> int:
     given = parse_flags(_ReportArguments, arguments, prog="moco-scale report")
     console.print(write_report(given.run, out=given.out))
     return 0
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line now and then elsewhere."""
-    if not console.is_terminal:
-        last = -1
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            tenth = 10 * done // max(total, 1)
-            if tenth > last:
-                last = tenth
-                console.print(f"{what}: {done:,} of {total:,}")
-
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -191,8 +191,8 @@ def join_labels(shard_set: ShardSet, labels: str) -> LabelledSamples:
         by_uri = {uri: PurePosixPath(uri).parent.name for uri in uris}
     else:
         by_uri = _read_labels(labels)
-    source = shard_set.metadata.get("source", "").rstrip("/") + "/"
-    found = [by_uri.get(uri, by_uri.get(uri.removeprefix(source))) for uri in uris]
+    sources = [f"{source.rstrip('/')}/" for source in json.loads(shard_set.metadata["sources"])]
+    found = [_label(uri, by_uri, sources) for uri in uris]
     matched = np.array([label is not None for label in found], dtype=bool)
     if not matched.any():
         raise EvaluationError(
@@ -212,6 +212,13 @@ def join_labels(shard_set: ShardSet, labels: str) -> LabelledSamples:
         num_unlabelled=int((~matched).sum()),
         num_unused=max(0, len(by_uri) - int(matched.sum())),
     )
+
+
+def _label(uri: str, by_uri: Mapping[str, str], sources: Sequence[str]) -> str | None:
+    if uri in by_uri:
+        return by_uri[uri]
+    below = (uri.removeprefix(source) for source in sources if uri.startswith(source))
+    return next((by_uri[path] for path in below if path in by_uri), None)
 
 
 def knn_correct(

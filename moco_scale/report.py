@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import matplotlib
 import numpy as np
+import pyarrow as pa
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -81,7 +82,7 @@ def build_report(run_url: str) -> str:
         views=_view_pairs(config),
         recipe=config.data.recipe,
         view_size=config.data.view_size,
-        source=shard_set.metadata.get("source", "shards made elsewhere"),
+        source=", ".join(json.loads(shard_set.metadata["sources"])) or "shards made elsewhere",
         shards_url=shard_set.url,
         packed=shard_set.num_samples,
         config=to_mapping(config),
@@ -195,7 +196,10 @@ def _neighbours(evaluation: dict[str, Any], config: TrainConfig) -> list[list[Pi
     rows = [[int(query), *found] for query, found in evaluation["neighbours"].items()]
     wanted = np.unique(np.array([sample for row in rows for sample in row], dtype=np.int64))
     on = ShardSet.open(evaluation["shards"])
-    uris = on.table(columns=["uri"]).column("uri")
+    table = on.table(columns=["uri"])
+    is_wanted = pa.array(np.isin(table.column("sample_id").to_numpy(), wanted))
+    named = table.filter(is_wanted).to_pydict()
+    uris = dict(zip(named["sample_id"], named["uri"], strict=True))
     pictures: dict[int, Picture] = {}
     batches = iterate_once(
         on,
@@ -208,18 +212,16 @@ def _neighbours(evaluation: dict[str, Any], config: TrainConfig) -> list[list[Pi
     )
     for sample_ids, images in batches:
         for sample, image in zip(sample_ids.tolist(), _pixels(images), strict=True):
-            name = uris[sample].as_py().rpartition("/")[2]
+            name = uris[sample].rpartition("/")[2]
             pictures[sample] = Picture(src=_data_url(image), alt=name)
     return [[pictures[sample] for sample in row if sample in pictures] for row in rows]
 
 
 def _data_section(shard_set: ShardSet) -> dict[str, Any]:
     rejections = shard_set.rejections()
-    counts: dict[str, int] = {}
-    for reason in rejections.column("reason").to_pylist():
-        counts[reason] = counts.get(reason, 0) + 1
+    counts: dict[str, int] = json.loads(shard_set.metadata["rejected"])
     return {
-        "listed": shard_set.num_samples + len(rejections),
+        "listed": int(shard_set.metadata["listed"]),
         "rejected": sorted(counts.items(), key=lambda item: (-item[1], item[0])),
         "rejections": rejections.slice(0, _SHOWN_REJECTIONS).to_pylist(),
         "description": list(shard_set.describe().rows()),

@@ -149,16 +149,23 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.parameters = list(self.model.encoder_q.parameters())
         self.optimizer = build_sgd(self.parameters, optim)
-        self.steps_per_epoch = loader.steps_per_epoch
-        self.last_step = optim.epochs * self.steps_per_epoch
-        if run.max_steps:
-            self.last_step = min(self.last_step, run.max_steps)
         self._show = progress if ranks.speaks else None
         self._autocast = run.bf16 == "on" or (run.bf16 == "auto" and ranks.device.type == "cuda")
         self._stop = _StopSignals()
         self._flags = _HostCopy()
         self._sums = _Sums(ranks.device)
         self._resume()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the version of the shard set that the run began with."""
+        return self.loader.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the whole run."""
+        steps = self.optim_config.epochs * self.steps_per_epoch
+        return min(steps, self.run_config.max_steps) if self.run_config.max_steps else steps
 
     @property
     def finished(self) -> bool:

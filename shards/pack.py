@@ -1,25 +1,31 @@
-"""From a raw bucket to a shard set: list, plan, pack shard by shard, publish the whole at last."""
+"""From raw buckets to a shard set: list, plan, pack shard by shard, publish the whole at last."""
 
 import json
 import logging
 import os
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xxhash
 
+from shards.catalog import Catalog
 from shards.commit import MARKERS, Marker, commit_shard, committed, read_marker
+from shards.compact import erased_rows
 from shards.decoder import Decoder
-from shards.engine import LocalEngine
+from shards.dedup import find_duplicates
+from shards.engine import Engine, LocalEngine, RayEngine
 from shards.errors import (
     AccessError,
     AlreadyExistsError,
@@ -36,17 +42,25 @@ from shards.index import write_index
 from shards.listing import list_objects
 from shards.manifest import (
     MANIFEST,
-    REJECTIONS,
-    SHARD_LIST,
+    REJECTION_SCHEMA,
+    ShardRecord,
     ShardSet,
-    write_manifest,
-    write_rejections,
+    rejections_path,
 )
-from shards.objects import Bytes
-from shards.plan import FOLDER as PLAN_FOLDER
-from shards.plan import Plan, PlanSettings, load_plan, make_plan
+from shards.objects import Bytes, RejectedObject
+from shards.plan import (
+    ROWS,
+    Plan,
+    PlanSettings,
+    load_plan,
+    make_plan,
+    plan_folder,
+    saved_generations,
+)
 from shards.store import Store, open_store
+from shards.takedown import rows_of_objects
 from shards.tar import Member, build_tar, sample_key
+from shards.tombstones import DeadReason
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +68,10 @@ _PROBE = "_probe"
 # So many refusals of so many objects are no chance, even in a bucket of which little may be read.
 _REFUSALS_ENOUGH = 200
 _MARKERS_AT_ONCE = 16
+_REJECTIONS_AT_ONCE = 65_536
+_LARGEST_TAR = 4 * 2**30
 _MOST_PIXELS = 178_956_970  # Pillow opens nothing larger
+_GUESSED_BYTES = 2**20  # of an object whose listing gave no size, while it is being fetched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +90,24 @@ class PackConfig:
     """Images of more pixels (width x height) are rejected as bombs, before any decoding."""
     min_side: int = 1
     """Images whose shorter side is below this many pixels are rejected as too small."""
+    resize_side: int = 0
+    """Resize images to this many pixels on the shorter side, if theirs is longer; 0 keeps bytes."""
+    columns: tuple[str, ...] | None = None
+    """Which of the user's own columns (of lists and tars) travel into the index; None: all."""
+    requester_pays: bool = False
+    """Agree to pay for requests to requester-pays buckets (S3)."""
+    engine: Literal["local", "ray"] = "local"
+    """Where shards are packed: processes of this machine, or a Ray cluster."""
+    ray_address: str = "auto"
+    """Of the Ray cluster: auto finds a running one; or host:port."""
     workers: int = 0
-    """Processes; 0 takes the cores of this machine. Changes nothing but the time."""
+    """Shards at once; 0 takes the cores of the machine or cluster. Changes nothing but the time."""
     fetch_threads: int = 16
     """Objects fetched at once by each worker."""
+    fetch_bytes: int = 64 * 2**20
+    """Most bytes that each worker fetches ahead of checking, beside the shard it is making."""
+    scratch: Path | None = None
+    """Local folder for listing and planning; None: the system's temporary one."""
 
     def __post_init__(self) -> None:
         # The largest: what a seed can be; one PUT; a key's width; Pillow's own limit.
@@ -87,8 +118,10 @@ class PackConfig:
             "max_object_bytes": (1, 4 * 2**30),
             "max_pixels": (1, _MOST_PIXELS),
             "min_side": (1, 2**31 - 1),
-            "workers": (0, 4096),
+            "resize_side": (0, 16384),
+            "workers": (0, 65536),
             "fetch_threads": (1, 1024),
+            "fetch_bytes": (1, 2**40),
         }
         for name, (low, high) in ranges.items():
             if not low <= (value := getattr(self, name)) <= high:
@@ -97,325 +130,620 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackProgress:
-    """How far a packing is."""
+    """How far a packing is. Counts beside `shards_done` are of this run alone."""
 
-    done: int
-    """Objects that were packed or rejected."""
-    total: int
-    """Objects listed."""
+    shards_done: int
+    """Committed by this run and the ones before it."""
+    shards: int
+    """Of the plan."""
+    packed: int
+    rejected: int
+    bytes: int
+    """Of the tars."""
+    throttles: int
+    """Answers 429 and 503 that the workers met."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackReport:
-    """What a packing came to: listed = packed + all rejected, always."""
+    """What a packing came to: listed = packed + all rejected + already, always."""
 
     url: str
     set_id: str
+    version: int
+    generation: int
     listed: int
     packed: int
     rejected: dict[str, int]
     """Objects left out, by reason."""
+    already: int
+    """Objects that earlier generations packed or rejected, and that are the same still."""
+    dead: dict[str, int]
+    """Samples of the whole set that are tombstoned, by reason."""
     shards: int
+    """Of the whole set, as are samples and bytes."""
+    samples: int
+    """Live ones."""
     bytes: int
     resumed_shards: int
     """Shard numbers that an earlier run had already dealt with."""
     was_complete: bool
-    """Whether an earlier run had finished the set, so that this one wrote nothing."""
+    """Whether there was nothing to do, so that this run wrote nothing."""
     seconds: float
 
 
 def pack(
-    source: str,
+    sources: str | Sequence[str],
     destination: str,
     config: PackConfig,
     *,
+    add: bool = False,
+    dry_run: bool = False,
+    on_plan: Callable[[Plan, Catalog], None] | None = None,
     progress: Callable[[PackProgress], None] | None = None,
-) -> PackReport:
+) -> PackReport | None:
     """Build a shard set; running it again continues, and does nothing when the set is complete.
+
+    Args:
+        sources: see `list_objects` for what each may be.
+        add: look for new and changed objects, and pack them as another generation.
+        dry_run: stop when the plan is made; None is returned. The same command without it goes on.
+        on_plan: is shown a plan that was made just now, before the work begins.
 
     Raises:
         SourceError: no object, or not one usable image; nothing is left behind.
-        PlanError: the destination was begun with other settings, or overlaps the source.
-        StoreError: the store refused or failed; the same command continues after what is committed.
+        PlanError: the destination was begun with other settings, or overlaps a source.
+        StoreError: a store refused or failed; the same command continues after what is committed.
     """
     started = time.monotonic()
-    raw, store = open_store(source), open_store(destination)
-    _refuse_overlap(raw.url, store.url)
-    settings = PlanSettings(
-        source=raw.url,
-        seed=config.seed,
-        shard_bytes=config.shard_bytes,
-        max_shard_samples=config.max_shard_samples,
-        max_object_bytes=config.max_object_bytes,
-        max_pixels=config.max_pixels,
-        min_side=config.min_side,
-    )
-    plan = _begin(raw, store, settings)
-    done = committed(store)
-    if len(done) == plan.num_shards and _has_manifest(store):
-        return _report(store.url, resumed=len(done), was_complete=True, started=started)
-    with ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool:
-        markers = list(pool.map(partial(read_marker, store), done))
-    handled = plan.dropped + sum(map(_handled, markers))
-    for marker in _pack_missing(
-        raw, store, plan, sorted({*range(plan.num_shards)} - {*done}), config
-    ):
-        markers.append(marker)
-        handled += _handled(marker)
-        if progress is not None:
-            progress(PackProgress(done=handled, total=plan.listed))
-    _finish(raw, store, plan, markers)
-    return _report(store.url, resumed=len(done), was_complete=False, started=started)
+    given = (sources,) if isinstance(sources, str) else tuple(sources)
+    store = open_store(destination)
+    for source in given:
+        _refuse_overlap(source, store.url)
+    settings = _settings(given, config)
+    with tempfile.TemporaryDirectory(prefix="moco-scale-", dir=config.scratch) as scratch:
+        head, planned = _found(store)
+        plan = _begun(store, head, planned, settings, add=add)
+        if plan is None:
+            plan, catalog = _new_plan(store, head, settings, config, scratch=Path(scratch))
+            if on_plan is not None:
+                on_plan(plan, catalog)
+        is_done = head is not None and plan.generation in _generations(head)
+        is_empty = head is not None and plan.num_shards == plan.dropped == 0
+        if head is not None and is_empty and not is_done:
+            _remove(store, plan_folder(plan.generation))  # the next one shall list again
+        if head is not None and (is_done or is_empty):
+            head.renew()
+            return _report(store.url, plan, resumed=plan.num_shards, started=started)
+        if dry_run:
+            return None
+        done = [shard for shard in committed(store) if shard >= plan.first_shard]
+        _work(store, plan, done, config, progress=progress)
+        _finish(store, head, plan, scratch=Path(scratch))
+    report = _report(store.url, plan, resumed=len(done), started=started)
+    return replace(report, was_complete=False)
 
 
 def pack_shard(
     shard: int,
     plan: Plan,
     *,
-    raw: Store,
     store: Store,
+    open_source: Callable[[str], Store],
     decoder: Decoder,
     fetch_threads: int,
+    fetch_bytes: int,
 ) -> Marker:
     """Fetch, check, assemble and commit one shard: what an engine runs, harmless to repeat.
 
-    Holds one shard in memory. Fetches run ahead in threads; images are checked here, one by one.
+    Holds one shard in memory, and up to `fetch_bytes` of objects (or one, if it is larger) that are
+    fetched ahead in threads. Images are checked here, one by one.
     """
-    rows = plan.rows(store, shard).to_pylist()
-    rules = ImageRules(max_pixels=plan.settings.max_pixels, min_side=plan.settings.min_side)
-    members: list[Member] = []
-    kept: list[tuple[dict[str, Any], CheckedImage]] = []
-    rejected: list[tuple[str, int, str, str]] = []
-    for row, found in _fetch_all(raw, rows, threads=fetch_threads):
-        checked = found if isinstance(found, Rejection) else check_image(found, rules, decoder)
-        if isinstance(checked, Rejection):
-            rejected.append((raw.uri(row["path"]), row["size"], checked.reason, checked.detail))
+    rows = plan.rows(store, shard)
+    rules = ImageRules(
+        max_pixels=plan.settings.max_pixels,
+        min_side=plan.settings.min_side,
+        resize_side=plan.settings.resize_side,
+    )
+    objects = _Objects(rows, open_source, max_object_bytes=plan.settings.max_object_bytes)
+    kept: dict[int, tuple[CheckedImage, bytes, int]] = {}
+    rejected: dict[int, RejectedObject] = {}
+    for number, found in objects.fetch(threads=fetch_threads, ahead_bytes=fetch_bytes):
+        if isinstance(found, Rejection):
+            rejected[number] = objects.rejected(number, found)
             continue
-        name = f"{sample_key(shard, len(members))}.{EXTENSIONS[checked.format]}"
-        members.append(Member(name=name, data=checked.data))
-        kept.append((row, checked))
-    tar, index = _assemble(raw, members, kept) if members else ([], b"")
-    return commit_shard(store, shard, tar=tar, index=index, samples=len(members), rejected=rejected)
-
-
-def _begin(raw: Store, store: Store, settings: PlanSettings) -> Plan:
-    """The plan that was begun here, or a new one of what the source holds now."""
-    plan = load_plan(store, settings) if _has_plan(store) else None
-    if plan is not None:
-        return plan
-    if _has_manifest(store):
+        checked = check_image(found, rules, decoder)
+        if isinstance(checked, Rejection):
+            rejected[number] = objects.rejected(number, checked)
+        else:
+            kept[number] = (checked, xxhash.xxh3_128_digest(found), len(found))
+    kept_bytes = sum(len(image.data) for image, _, _ in kept.values())
+    if kept_bytes > _LARGEST_TAR:
         raise PlanError(
-            f"{store.url} holds a shard set already, and no plan to continue; "
-            "give another destination"
+            f"shard {shard} came to {kept_bytes / 2**30:.1f} GiB, more than one PUT takes, because "
+            "its objects' sizes were not known; pack to another destination with a lower "
+            f"--max-shard-samples than {len(kept)}"
         )
-    with tempfile.TemporaryDirectory(prefix="moco-scale-") as folder:
-        catalog = Path(folder, "catalog.parquet")
-        list_objects(raw, catalog)
-        _probe(store)
-        return make_plan(catalog, raw, settings, store=store)
-
-
-def _pack_missing(
-    raw: Store, store: Store, plan: Plan, missing: Sequence[int], config: PackConfig
-) -> Iterator[Marker]:
-    engine = LocalEngine(config.workers)
-    if engine.workers > 1:
-        work = partial(
-            _pack_in_worker,
-            plan=plan,
-            source=raw.url,
-            destination=store.url,
-            fetch_threads=config.fetch_threads,
-        )
-        yield from engine.map(work, missing)
-        return
-    with Decoder() as decoder:
-        here = partial(
-            pack_shard,
-            plan=plan,
-            raw=raw,
-            store=store,
-            decoder=decoder,
-            fetch_threads=config.fetch_threads,
-        )
-        yield from engine.map(here, missing)
-
-
-def _pack_in_worker(
-    shard: int, *, plan: Plan, source: str, destination: str, fetch_threads: int
-) -> Marker:
-    raw, store, decoder = _workplace(source, destination)
-    return pack_shard(
-        shard, plan, raw=raw, store=store, decoder=decoder, fetch_threads=fetch_threads
+    # In the order of the plan, whenever each of them came.
+    tar, index = _assemble(shard, rows, objects, dict(sorted(kept.items()))) if kept else ([], b"")
+    return commit_shard(
+        store,
+        shard,
+        tar=tar,
+        index=index,
+        samples=len(kept),
+        generation=plan.generation,
+        rejected=[rejected[number] for number in sorted(rejected)],
     )
 
 
-@lru_cache(maxsize=1)
-def _workplace(source: str, destination: str) -> tuple[Store, Store, Decoder]:
-    """What a worker process opens once and uses for all its shards."""
-    return open_store(source), open_store(destination), Decoder()
+class _Objects:
+    """The objects of one shard: what each is called, and its bytes or what is wrong with it."""
 
+    def __init__(
+        self, rows: pa.Table, open_source: Callable[[str], Store], *, max_object_bytes: int
+    ) -> None:
+        self._rows = rows.select(ROWS.names).to_pylist()
+        self._open_source = open_source
+        self._max_object_bytes = max_object_bytes
 
-def _fetch_all(
-    raw: Store, rows: Sequence[dict[str, Any]], *, threads: int
-) -> Iterator[tuple[dict[str, Any], Bytes | Rejection]]:
-    """Each row with its bytes, or with what is permanently wrong, in order.
+    def uri(self, number: int) -> str:
+        row = self._rows[number]
+        uri = self._open_source(row["root"]).uri(row["path"])
+        return uri if row["member"] is None else f"{uri}#{row['member']}"
 
-    A refused object is forbidden if others can be read, before and after: otherwise it is the
-    credentials, which is no property of the object, and the run stops.
+    def etag(self, number: int) -> str | None:
+        """A file's is left out: it is a place and a time."""
+        row = self._rows[number]
+        return row["etag"] if "://" in row["root"] else None
 
-    Raises:
-        StoreError: anything that may pass; the shard is not committed.
-    """
-    refused: list[tuple[dict[str, Any], AccessError]] = []
-    readable: str | None = None
-    with ThreadPoolExecutor(threads) as pool:
-        fetches: list[Future[Bytes | Rejection] | None]
-        fetches = [pool.submit(_fetch, raw, row) for row in rows]
-        try:
-            for number, row in enumerate(rows):
-                fetch = fetches[number]
-                fetches[number] = None  # frees the bytes, once they are used
-                assert fetch is not None, "each is taken once"
+    def rejected(self, number: int, rejection: Rejection) -> RejectedObject:
+        return RejectedObject(
+            uri=self.uri(number),
+            size=self._rows[number]["size"],
+            etag=self.etag(number),
+            reason=rejection.reason,
+            detail=rejection.detail,
+        )
+
+    def fetch(self, *, threads: int, ahead_bytes: int) -> Iterator[tuple[int, Bytes | Rejection]]:
+        """Each row's number with its bytes, or with what is permanently wrong.
+
+        A refused object is forbidden if others of its bucket can be read, before and after:
+        otherwise it is the credentials, which is no property of the object, and the run stops.
+
+        Raises:
+            StoreError: anything that may pass; the shard is not committed.
+        """
+        refused: list[tuple[int, AccessError]] = []
+        readable: dict[str, str] = {}
+        with ThreadPoolExecutor(threads) as pool:
+            for number, fetch in self._ahead(pool, ahead_bytes):
+                row = self._rows[number]
                 try:
                     found = fetch.result()
                 except AccessError as err:
-                    refused.append((row, err))
-                    if readable is None and len(refused) == _REFUSALS_ENOUGH:
+                    refused.append((number, err))
+                    if row["root"] not in readable and len(refused) >= _REFUSALS_ENOUGH:
                         raise
                     continue
                 if not isinstance(found, Rejection):
-                    readable = row["path"]
-                yield row, found
-        finally:
-            for waiting in filter(None, fetches):
-                waiting.cancel()
-    if not refused:
-        return
-    if readable is None:
-        raise refused[0][1]
-    for row, _ in refused:
+                    readable[row["root"]] = row["path"]
+                yield number, found
+        for number, error in refused:
+            row = self._rows[number]
+            if row["root"] not in readable:
+                raise error
+            try:
+                yield number, self._read(row)
+            except AccessError as err:
+                self._open_source(row["root"]).head(readable[row["root"]])
+                yield number, Rejection(reason=Reason.FORBIDDEN, detail=str(err))
+
+    def _ahead(
+        self, pool: ThreadPoolExecutor, most_bytes: int
+    ) -> Iterator[tuple[int, "Future[Bytes | Rejection]"]]:
+        """Fetches in the order of the rows, so many ahead as there is room for."""
+        running: deque[tuple[int, Future[Bytes | Rejection]]] = deque()
+        held = submitted = 0
         try:
-            yield row, _fetch(raw, row)
-        except AccessError as err:
-            raw.head(readable)
-            yield row, Rejection(reason=Reason.FORBIDDEN, detail=str(err))
+            for number in range(len(self._rows)):
+                while submitted < len(self._rows):
+                    need = self._need(submitted)
+                    if running and held + need > most_bytes:
+                        break
+                    running.append((submitted, pool.submit(self._read, self._rows[submitted])))
+                    held += need
+                    submitted += 1
+                yield running.popleft()
+                held -= self._need(number)
+        finally:
+            for _, waiting in running:
+                waiting.cancel()
 
+    def _need(self, number: int) -> int:
+        size = self._rows[number]["size"]
+        return _GUESSED_BYTES if size is None else int(size)
 
-def _fetch(raw: Store, row: dict[str, Any]) -> Bytes | Rejection:
-    try:
-        return raw.read(row["path"], if_match=row["etag"])
-    except NotFoundError:
-        return Rejection(reason=Reason.NOT_FOUND, detail="deleted after it was listed")
-    except ChangedError:
-        return Rejection(reason=Reason.CHANGED, detail=f"its etag was {row['etag']} when listed")
+    def _read(self, row: dict[str, Any]) -> Bytes | Rejection:
+        source, etag = self._open_source(row["root"]), row["etag"]
+        try:
+            if row["size"] is None:
+                # Its size decides whether it is fetched at all.
+                known = source.head(row["path"])
+                if known.size > self._max_object_bytes:
+                    detail = f"{known.size:,} bytes, limit {self._max_object_bytes:,}"
+                    return Rejection(reason=Reason.TOO_LARGE, detail=detail)
+                etag = etag or known.etag or None
+            if row["start"] is None:
+                return source.read(row["path"], if_match=etag)
+            start, end = row["start"], row["start"] + row["size"]
+            (found,) = source.read_ranges(row["path"], [start], [end], if_match=etag)
+            return found
+        except NotFoundError:
+            return Rejection(reason=Reason.NOT_FOUND, detail="deleted after it was listed")
+        except ChangedError:
+            return Rejection(reason=Reason.CHANGED, detail=f"its etag was {etag} when listed")
 
 
 def _assemble(
-    raw: Store,
-    members: Sequence[Member],
-    kept: Sequence[tuple[dict[str, Any], CheckedImage]],
+    shard: int,
+    rows: pa.Table,
+    objects: _Objects,
+    kept: Mapping[int, tuple[CheckedImage, bytes, int]],
 ) -> tuple[list[Bytes], bytes]:
     """The tar's buffers, and its index."""
+    images = [image for image, _, _ in kept.values()]
+    members = [
+        Member(name=f"{sample_key(shard, place)}.{EXTENSIONS[image.format]}", data=image.data)
+        for place, image in enumerate(images)
+    ]
     tar, offsets = build_tar(members)
-    is_folder = "://" not in raw.url
     columns = {
         "offset": offsets,
-        "length": [len(member.data) for member in members],
-        "checksum": [xxhash.xxh3_64_intdigest(member.data) for member in members],
-        "width": [image.width for _, image in kept],
-        "height": [image.height for _, image in kept],
-        "format": [image.format for _, image in kept],
-        "orientation": [image.orientation for _, image in kept],
+        "length": [len(image.data) for image in images],
+        "checksum": [xxhash.xxh3_64_intdigest(image.data) for image in images],
+        "width": [image.width for image in images],
+        "height": [image.height for image in images],
+        "format": [image.format for image in images],
+        "orientation": [image.orientation for image in images],
         "key": [member.name.partition(".")[0] for member in members],
-        "uri": [raw.uri(row["path"]) for row, _ in kept],
-        "etag": [None if is_folder else row["etag"] for row, _ in kept],
-        "source_size": [row["size"] for row, _ in kept],
-        "flags": [int(image.flags) for _, image in kept],
-        "action": [image.action for _, image in kept],
+        "uri": [objects.uri(number) for number in kept],
+        "etag": [objects.etag(number) for number in kept],
+        "source_size": [size for _, _, size in kept.values()],
+        "flags": [int(image.flags) for image in images],
+        "action": [image.action for image in images],
+        "content": [content for _, content, _ in kept.values()],
+        "phash": [image.phash for image in images],
     }
-    return tar, write_index(pa.table(columns, schema=INDEX_SCHEMA))
+    table = pa.table(columns, schema=INDEX_SCHEMA)
+    of_the_user = rows.drop_columns(ROWS.names).take(pa.array(list(kept), pa.int64()))
+    for name in of_the_user.column_names:
+        table = table.append_column(of_the_user.schema.field(name), of_the_user.column(name))
+    return tar, write_index(table)
 
 
-def _finish(raw: Store, store: Store, plan: Plan, markers: Sequence[Marker]) -> None:
-    """Check the account, then write the manifest, which is what readers trust."""
-    records = [m.record for m in sorted(markers, key=lambda m: m.shard) if m.record is not None]
-    rejections = [
-        (raw.uri(row["path"]), row["size"], row["reason"], row["detail"])
-        for row in plan.left_out(store).to_pylist()
-    ]
-    rejections += [row for marker in markers for row in marker.rejected]
-    counts = Counter(reason for _, _, reason, _ in rejections)
-    packed = sum(record.samples for record in records)
-    if packed + len(rejections) != plan.listed:
-        raise ShardError(
-            f"{store.url}: listed {plan.listed}, packed {packed}, rejected {len(rejections)}; "
-            "this is a fault of this program: please report it"
-        )
-    if not records:
-        _remove_traces(store)
-        why = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-        raise SourceError(
-            f"{raw.url}: not one usable image in {plan.listed} objects ({why}); nothing was written"
-        )
-    write_rejections(store, rejections)
-    write_manifest(
-        store,
-        records,
-        {
-            "source": raw.url,
-            "seed": str(plan.settings.seed),
-            "listed": str(plan.listed),
-            "rejected": json.dumps(dict(sorted(counts.items()))),
-            "packer": f"moco-scale {metadata.version('moco-scale')}",
-        },
+def _settings(sources: Sequence[str], config: PackConfig) -> PlanSettings:
+    return PlanSettings(
+        sources=tuple(sources),
+        seed=config.seed,
+        shard_bytes=config.shard_bytes,
+        max_shard_samples=config.max_shard_samples,
+        max_object_bytes=config.max_object_bytes,
+        max_pixels=config.max_pixels,
+        min_side=config.min_side,
+        resize_side=config.resize_side,
+        columns=config.columns,
     )
 
 
-def _report(url: str, *, resumed: int, was_complete: bool, started: float) -> PackReport:
-    shard_set = ShardSet.open(url)
-    return PackReport(
-        url=shard_set.url,
-        set_id=shard_set.set_id,
-        listed=int(shard_set.metadata["listed"]),
-        packed=shard_set.num_samples,
-        rejected=json.loads(shard_set.metadata["rejected"]),
-        shards=len(shard_set.names),
-        bytes=shard_set.total_bytes,
-        resumed_shards=resumed,
-        was_complete=was_complete,
-        seconds=time.monotonic() - started,
-    )
+def _found(store: Store) -> tuple[ShardSet | None, list[int]]:
+    """The shard set that is there already, and the generations that were planned.
 
-
-def _handled(marker: Marker) -> int:
-    return len(marker.rejected) + (marker.record.samples if marker.record else 0)
-
-
-def _has_plan(store: Store) -> bool:
-    """Whether anything was begun here. A folder that does not exist yet is made by the first write.
+    A folder that does not exist yet is made by the first write.
 
     Raises:
         NotFoundError: no such bucket.
     """
     try:
-        return any(len(page) for page in store.list(PLAN_FOLDER))
+        planned = saved_generations(store)
     except NotFoundError as err:
         if "://" in store.url or Path(store.url).exists():
             raise type(err)(f"destination {err}") from err
-        return False
+        return None, []
     except StoreError as err:
         raise type(err)(f"destination {err}") from err
-
-
-def _has_manifest(store: Store) -> bool:
     try:
         store.head(MANIFEST)
     except NotFoundError:
-        return False
-    except StoreError as err:
-        raise type(err)(f"destination {err}") from err
-    return True
+        return None, planned
+    return ShardSet.open(store.url), planned
+
+
+def _begun(
+    store: Store,
+    head: ShardSet | None,
+    planned: Sequence[int],
+    settings: PlanSettings,
+    *,
+    add: bool,
+) -> Plan | None:
+    """The plan to go on with, or that was finished; None where a new one has to be made."""
+    newest = planned[-1] if planned else None
+    if newest is not None and (head is None or newest not in _generations(head)):
+        return load_plan(store, settings, newest)
+    if head is None:
+        return None
+    if "tars" in head.metadata:
+        raise PlanError(
+            f"{store.url}: its tars stay in {head.tars.url}, where nothing is written; "
+            "pack to another destination"
+        )
+    if add:
+        if planned:  # what decides how a sample looks is the same in all generations
+            load_plan(store, settings, planned[0], free=("sources", "columns"))
+        return None
+    if not planned:
+        raise PlanError(
+            f"{store.url} holds a shard set already, and no plan to continue; "
+            "give another destination, or --add to add to it"
+        )
+    return load_plan(store, settings, planned[0])
+
+
+def _new_plan(
+    store: Store,
+    head: ShardSet | None,
+    settings: PlanSettings,
+    config: PackConfig,
+    *,
+    scratch: Path,
+) -> tuple[Plan, Catalog]:
+    catalog = list_objects(
+        settings.sources,
+        scratch / "catalog",
+        columns=config.columns,
+        requester_pays=config.requester_pays,
+    )
+    _probe(store)
+    plan = make_plan(
+        catalog,
+        settings,
+        store=store,
+        scratch=scratch,
+        generation=max(_generations(head), default=-1) + 1 if head else 0,
+        first_shard=max(committed(store), default=-1) + 1 if head else 0,
+        known=_known(head) if head else (),
+    )
+    return plan, catalog
+
+
+def _known(head: ShardSet) -> Iterator[pa.RecordBatch]:
+    """What earlier generations packed, or rejected for what it is: uri, etag, size."""
+    columns = ["uri", "etag", "source_size"]
+    made_by = [record.generation for record in head.records()]
+    may_pass = pa.array([Reason.NOT_FOUND, Reason.CHANGED, Reason.FORBIDDEN], pa.string())
+    for generation in _generations(head):
+        # Of what was listed twice a generation has a rejection and a sample: the sample counts.
+        table = head.rejections(generation)
+        kept = table.filter(pc.invert(pc.is_in(table.column("reason"), may_pass)))
+        yield from kept.select(["uri", "etag", "size"]).to_batches()
+        shards = [shard for shard, made in enumerate(made_by) if made == generation]
+        packed = head.tables(columns, shards=shards, with_dead=True)
+        erased = (table for _, table in erased_rows(head, shards))
+        for table in chain(packed, erased):
+            yield from table.select(columns).rename_columns(["uri", "etag", "size"]).to_batches()
+
+
+def _generations(head: ShardSet) -> list[int]:
+    return [entry["generation"] for entry in head.generations]
+
+
+class _Done(NamedTuple):
+    """What an engine brings back of one shard; its marker has the rest."""
+
+    packed: int
+    rejected: int
+    bytes: int
+    throttles: int
+    """Since the worker's last shard."""
+
+
+def _work(
+    store: Store,
+    plan: Plan,
+    done: Sequence[int],
+    config: PackConfig,
+    *,
+    progress: Callable[[PackProgress], None] | None,
+) -> None:
+    shards = range(plan.first_shard, plan.first_shard + plan.num_shards)
+    missing = sorted({*shards} - {*done})
+    run = partial(
+        _pack_in_worker,
+        plan=plan,
+        destination=store.url,
+        requester_pays=config.requester_pays,
+        fetch_threads=config.fetch_threads,
+        fetch_bytes=config.fetch_bytes,
+    )
+    totals = Counter(dict.fromkeys(_Done._fields, 0))
+    try:
+        for number, one in enumerate(_engine(config).map(run, missing), start=1):
+            totals.update(one._asdict())
+            if progress is not None:
+                committed = len(done) + number
+                progress(PackProgress(shards_done=committed, shards=plan.num_shards, **totals))
+    finally:
+        _decoder().close()  # this process was the worker, if there is only one
+
+
+def _engine(config: PackConfig) -> Engine:
+    if config.engine == "ray":
+        return RayEngine(config.ray_address, config.workers)
+    return LocalEngine(config.workers)
+
+
+def _pack_in_worker(
+    shard: int,
+    *,
+    plan: Plan,
+    destination: str,
+    requester_pays: bool,
+    fetch_threads: int,
+    fetch_bytes: int,
+) -> _Done:
+    before = _throttles()
+    marker = pack_shard(
+        shard,
+        plan,
+        store=_opened(destination),
+        open_source=partial(_opened, requester_pays=requester_pays),
+        decoder=_decoder(),
+        fetch_threads=fetch_threads,
+        fetch_bytes=fetch_bytes,
+    )
+    return _Done(
+        packed=marker.record.samples if marker.record else 0,
+        rejected=len(marker.rejected),
+        bytes=marker.record.bytes if marker.record else 0,
+        throttles=_throttles() - before,
+    )
+
+
+# What a worker process opens once and uses for all its shards.
+_stores: dict[tuple[str, bool], Store] = {}
+
+
+def _opened(url: str, *, requester_pays: bool = False) -> Store:
+    key = (url, requester_pays)
+    if key not in _stores:
+        _stores[key] = open_store(url, requester_pays=requester_pays)
+    return _stores[key]
+
+
+def _throttles() -> int:
+    return sum(store.stats().throttles for store in _stores.values())
+
+
+@lru_cache(maxsize=1)
+def _decoder() -> Decoder:
+    return Decoder()
+
+
+def _finish(store: Store, head: ShardSet | None, plan: Plan, *, scratch: Path) -> None:
+    """Check the account, then write the manifest, which is what readers trust."""
+    store.delete([_PROBE])  # a run that was killed at the wrong moment leaves it
+    records: list[ShardRecord] = []
+    counts: Counter[str] = Counter()
+    rejections = scratch / "rejections.parquet"
+    with (
+        pq.ParquetWriter(rejections, REJECTION_SCHEMA, compression="zstd") as writer,
+        ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool,
+    ):
+        for batch in plan.left_out(store):
+            writer.write_batch(batch)
+            counts.update(batch.column("reason").to_pylist())
+        shards = range(plan.first_shard, plan.first_shard + plan.num_shards)
+        rows: list[dict[str, Any]] = []
+        for part in (shards[at : at + 128] for at in range(0, len(shards), 128)):
+            for marker in pool.map(partial(read_marker, store), part):
+                records += [marker.record] if marker.record else []
+                counts.update(row.reason for row in marker.rejected)
+                rows += [row._asdict() for row in marker.rejected]
+            if len(rows) >= _REJECTIONS_AT_ONCE:
+                writer.write_table(pa.Table.from_pylist(rows, schema=REJECTION_SCHEMA))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, schema=REJECTION_SCHEMA))
+    packed = sum(record.samples for record in records)
+    if packed + counts.total() + plan.already != plan.listed:
+        raise ShardError(
+            f"{store.url}: listed {plan.listed}, packed {packed}, rejected {counts.total()}, "
+            f"already there {plan.already}; this is a fault of this program: please report it"
+        )
+    if not records and head is None:
+        _remove(store, MARKERS, plan_folder(0))
+        why = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+        raise SourceError(
+            f"{' '.join(plan.settings.sources)}: not one usable image in {plan.listed} objects "
+            f"({why}); nothing was written"
+        )
+    store.put(rejections_path(plan.generation), rejections.read_bytes())
+    reasons = dict(sorted(counts.items()))
+    generation = {
+        "generation": plan.generation,
+        "sources": list(plan.settings.sources),
+        "listed": plan.listed,
+        "packed": packed,
+        "already": plan.already,
+        "rejected": reasons,
+    }
+    draft = ShardSet.draft(
+        store,
+        [*(head.records() if head else []), *records],
+        _metadata(head, plan, generation),
+        version=head.version if head else 0,
+    )
+    draft.publish(_dead(draft, head, plan, store, scratch=scratch))
+
+
+def _metadata(
+    head: ShardSet | None, plan: Plan, generation: Mapping[str, Any]
+) -> Mapping[str, str]:
+    before = head.metadata if head is not None else {}
+    sources = [*json.loads(before.get("sources", "[]")), *plan.settings.sources]
+    rejected = Counter(json.loads(before.get("rejected", "{}")))
+    rejected.update(generation["rejected"])
+    listed = int(before.get("listed", "0")) + plan.listed - plan.already
+    return {
+        **before,
+        "sources": json.dumps(list(dict.fromkeys(sources))),
+        "seed": before.get("seed", str(plan.settings.seed)),
+        "listed": str(listed),
+        "rejected": json.dumps(dict(sorted(rejected.items()))),
+        "dead": before.get("dead", "{}"),
+        "generations": json.dumps([*json.loads(before.get("generations", "[]")), generation]),
+        "packer": f"moco-scale {metadata.version('moco-scale')}",
+    }
+
+
+def _dead(
+    draft: ShardSet, head: ShardSet | None, plan: Plan, store: Store, *, scratch: Path
+) -> pa.Table | Iterator[pa.Table]:
+    """What must not be served: objects that changed since, and bytes that are there twice."""
+    if head is None:
+        return find_duplicates(draft, scratch=scratch) if plan.unhashed else iter(())
+    changed = [batch.column("uri") for batch in plan.superseded(store)]
+    uris = pa.chunked_array(changed, pa.string())
+    gone = rows_of_objects(head, uris, reason=DeadReason.SUPERSEDED)
+    ids = head.first_ordinal[gone.column("shard").to_numpy()] + gone.column("position").to_numpy()
+    # The earlier generations are hashed by nobody's listing here; and nothing is a duplicate of
+    # what goes itself.
+    return pa.concat_tables([gone, *find_duplicates(draft, scratch=scratch, without=ids)])
+
+
+def _report(url: str, plan: Plan, *, resumed: int, started: float) -> PackReport:
+    shard_set = ShardSet.open(url)
+    entries = {entry["generation"]: entry for entry in shard_set.generations}
+    nothing = {"listed": plan.listed, "packed": 0, "rejected": {}, "already": plan.already}
+    entry = entries.get(plan.generation, nothing)
+    return PackReport(
+        url=shard_set.url,
+        set_id=shard_set.set_id,
+        version=shard_set.version,
+        generation=plan.generation,
+        listed=entry["listed"],
+        packed=entry["packed"],
+        rejected=entry["rejected"],
+        already=entry["already"],
+        dead=json.loads(shard_set.metadata["dead"]),
+        shards=len(shard_set.names),
+        samples=shard_set.num_samples,
+        bytes=shard_set.total_bytes,
+        resumed_shards=resumed,
+        was_complete=True,
+        seconds=time.monotonic() - started,
+    )
 
 
 def _probe(store: Store) -> None:
@@ -429,18 +757,19 @@ def _probe(store: Store) -> None:
     store.delete([_PROBE])
 
 
-def _remove_traces(store: Store) -> None:
-    for prefix in (MARKERS, PLAN_FOLDER):
-        paths = [p for page in store.list(prefix) for p in page.column("path").to_pylist()]
-        store.delete(paths)
-    store.delete([REJECTIONS, SHARD_LIST, MANIFEST])
+def _remove(store: Store, *folders: str) -> None:
+    written = [page.column("path").to_pylist() for name in folders for page in store.list(name)]
+    # plan.json first: without it the rest is nothing, but with it nothing may be missing.
+    paths = [path for paths in written for path in paths]
+    store.delete(sorted(paths, key=lambda path: not path.endswith("/plan.json")))
 
 
 def _refuse_overlap(source: str, destination: str) -> None:
     """Shards inside the source would be listed by the next packing, and the other way round."""
-    places = [url if "://" in url else os.path.realpath(url) for url in (source, destination)]
+    local = [url.removeprefix("file://") for url in (source, destination)]
+    places = [url if "://" in url else os.path.realpath(url) for url in local]
     for outer, inner in (places, places[::-1]):
-        if f"{inner}/".startswith(f"{outer}/"):
+        if f"{inner}/".startswith(f"{outer.rstrip('/')}/"):
             raise PlanError(
                 f"source {source} and destination {destination} lie in one another; "
                 "give the shard set a place of its own"

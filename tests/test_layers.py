@@ -15,9 +15,9 @@ FIRST_LEVEL = {*ALLOWED, "tests", "demo", "deploy", "benchmarks"}
 DOORS = {
     "nvidia": "pipelines/dali_",
     "obstore": "shards/store.py",
-    "fsspec": "shards/store.py",
-    "boto3": "shards/store.py",
-    "tyro": ("moco_scale/cli.py", "moco_scale/settings.py"),
+    "fsspec": ("shards/store.py", "shards/fsspec_store.py"),
+    "boto3": ("shards/store.py", "shards/boto_s3.py"),
+    "tyro": ("moco_scale/cli", "moco_scale/settings.py"),
     "torch.distributed": "moco_scale/distributed.py",
 }
 
