@@ -167,6 +167,13 @@ def _plot(
             )
         if at is not None:
             axes.axvline(at, color="#5c6b7a", linewidth=1, linestyle="--")
+            # Scaled to what comes behind the line: against random keys everything looks easy.
+            rows = zip([0, *steps], values, strict=False)
+            shown = [value for before, value in rows if before >= at]
+            if shown:
+                shown += [level] if level is not None else []
+                room = 0.05 * (max(shown) - min(shown)) or 1.0
+                axes.set_ylim(min(shown) - room, max(shown) + room)
         if from_zero:
             axes.set_ylim(bottom=0)
         axes.set_title(name, loc="left", fontsize=10)
