@@ -1,5 +1,6 @@
 """Packing through the command line, on a real S3 server: kill what you like, same bytes."""
 
+import contextlib
 import os
 import random
 import signal
@@ -100,7 +101,7 @@ def kill_and_resume(raw: Raw, *, name: str, kills: int) -> None:
                 wait_for_start(packer, url)
                 time.sleep(chance.uniform(0, 1.5))
                 if packer.poll() is None:
-                    kill(victims[killed % 3], packer, raw.server)
+                    kill(victims[killed % 3], packer, raw.server, chance)
                     killed += 1
             assert packer.stderr is not None
             error = packer.communicate(timeout=LONGEST_RUN_S)[1]
@@ -120,24 +121,32 @@ def wait_for_start(packer: subprocess.Popen[str], url: str) -> None:
         time.sleep(0.02)
 
 
-def kill(victim: str, packer: subprocess.Popen[str], server: LocalS3) -> None:
+def kill(
+    victim: str, packer: subprocess.Popen[str], server: LocalS3, chance: random.Random
+) -> None:
     if victim == "server":
         server.kill()
         time.sleep(0.5)
         server.restart()
     elif victim == "worker" and (workers := descendants(packer.pid)):
-        os.kill(random.choice(workers), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(chance.choice(workers), signal.SIGKILL)
     else:
         packer.kill()
 
 
 def descendants(pid: int) -> list[int]:
-    """What a process has started: workers, the server they are forked from, their decoders, ..."""
+    """Workers, the server they are forked from, their decoders; not Python's resource tracker.
+
+    (That one, killed, prints tracebacks of the standard library's.)
+    """
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        commands = {int(n): Path(f"/proc/{n}/cmdline").read_bytes() for n in children}
     except FileNotFoundError:
         return []
-    return [one for child in map(int, children) for one in (child, *descendants(child))]
+    ours = [child for child, command in commands.items() if b"resource_tracker" not in command]
+    return [one for child in ours for one in (child, *descendants(child))]
 
 
 def test_a_ray_cluster_that_loses_a_node_writes_the_same_bytes(raw: Raw) -> None:
