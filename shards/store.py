@@ -513,6 +513,8 @@ def _translate(err: Exception, where: str) -> StoreError:
     if status == 404 or isinstance(err, refused.NotFoundError | FileNotFoundError):
         what = "no such bucket" if says("NoSuchBucket") else "no such object"
         return NotFoundError(f"{where}: {what}; check the address")
+    if says("RequestTimeTooSkewed"):
+        return AccessError(f"{where}: refused, because this machine's clock is wrong; set it")
     if (
         status in (401, 403)
         or isinstance(

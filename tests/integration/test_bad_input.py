@@ -1,5 +1,8 @@
 """What users get wrong: a line or two that say what, where and what to do; nothing half-written."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +11,8 @@ import pytest
 from demo.local_s3 import LocalS3
 from shards.store import open_store
 from tests.integration.conftest import Line
-from tests.support.command import moco_scale, pretrain_arguments
+from tests.support.command import MOCO_SCALE, moco_scale, pretrain_arguments
+from tests.support.faulty_proxy import Fault, FaultyProxy
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("s3"), pytest.mark.timeout(240)]
 
@@ -107,6 +111,69 @@ def test_a_preset_that_does_not_exist() -> None:
     assert "smoke" in said
 
 
+def test_a_destination_that_may_only_be_read() -> None:
+    reader = {
+        "name": "reader",
+        "credentials": [{"accessKey": "reader", "secretKey": "reader-secret"}],
+        "actions": ["Read", "List"],
+    }
+    with LocalS3(identities=[reader]) as server:
+        raw, out = server.make_bucket("some-photos"), server.make_bucket("read-only")
+        owner = {**server.environment}
+        put = "from shards import open_store; open_store('s3://some-photos').put('a.jpg', b'a')"
+        subprocess.run(
+            [sys.executable, "-c", put], env={**os.environ, **owner}, check=True, timeout=60
+        )
+        keys = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "reader-secret"}
+
+        said = complaint("pack", raw, f"{out}/set", code=1, env=owner | keys)
+
+    assert "destination s3://read-only/set" in said
+    assert "access denied" in said
+
+
+def test_a_disk_that_is_full_loses_nothing(line: Line, tmp_path: Path) -> None:
+    pack = [*MOCO_SCALE, "pack", line.bucket, str(tmp_path / "set"), "--workers", "1"]
+    # No file may grow past 200 KiB: to the program that is a disk without room for a shard.
+    limited = subprocess.run(
+        ["bash", "-c", 'ulimit -f 200; exec "$@"', "pack", *pack],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+    assert limited.returncode == 1, limited.stdout
+    assert "Traceback" not in limited.stderr
+    assert str(tmp_path / "set") in limited.stderr
+    assert "too large" in limited.stderr
+    assert not list((tmp_path / "set").rglob("*.tar"))
+    again = moco_scale("pack", line.bucket, str(tmp_path / "set"), "--workers", "1")
+    assert again.returncode == 0, again.stderr
+    assert moco_scale("verify", str(tmp_path / "set")).returncode == 0
+
+
+def test_a_clock_that_is_wrong(line: Line) -> None:
+    skewed = Fault("status", status=403, code="RequestTimeTooSkewed")
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], [skewed]) as proxy:
+        env = {"AWS_ENDPOINT_URL": proxy.endpoint}
+
+        said = complaint("pack", line.bucket, f"{line.base}/skewed", code=1, env=env)
+
+    assert "clock is wrong" in said
+
+
+def test_no_ray_cluster(line: Line) -> None:
+    ray = ("--engine", "ray", "--ray-address", "127.0.0.1:1")
+
+    said = complaint("pack", line.bucket, f"{line.base}/no-ray", *ray, code=1)
+
+    assert "no Ray cluster at 127.0.0.1:1" in said
+
+
+def test_a_file_that_cannot_be_written(line: Line) -> None:
+    said = complaint("info", line.shard_set, "--contact-sheet", "/nowhere/sheet.jpg", code=1)
+
+    assert "/nowhere/sheet.jpg" in said
+
+
 def test_no_shard_set_at_the_address(line: Line) -> None:
     said = complaint(
         *pretrain_arguments(line.preset, f"{line.base}/nowhere", f"{line.base}/x"), code=1
@@ -155,7 +222,8 @@ def test_fewer_images_than_one_batch(line: Line) -> None:
 def test_help_needs_no_credentials(tmp_path: Path) -> None:
     nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_ENDPOINT_URL": "", "HOME": str(tmp_path)}
 
-    for command in ("pack", "info", "pretrain", "evaluate", "report"):
+    shards = ("pack", "index", "info", "verify", "dedup", "takedown", "compact", "finalize")
+    for command in (*shards, "pretrain", "evaluate", "report"):
         shown = moco_scale(command, "--help", env=nothing)
         assert shown.returncode == 0, shown.stderr
         assert "usage" in shown.stdout.lower()

@@ -61,6 +61,8 @@ class Fault:
     per_path: bool = False
     """Count `skip` and `times` for each path (without query) by itself."""
     status: int = 503
+    code: str = ""
+    """S3's error code; empty: the usual one of the status."""
     headers: Mapping[str, str] = field(default_factory=dict)
     drip_s: float = 0.05
 
@@ -153,7 +155,7 @@ class FaultyProxy:
         sent = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         if fault is not None and fault.kind == "status":
             code = {403: "AccessDenied", 404: "NoSuchKey", 429: "SlowDown", 503: "SlowDown"}
-            name = code.get(fault.status, "InternalError")
+            name = fault.code or code.get(fault.status, "InternalError")
             said = f"<?xml version='1.0'?><Error><Code>{name}</Code></Error>".encode()
             return fault.status, dict(fault.headers), said
         host, port = str(self._target.hostname), self._target.port
