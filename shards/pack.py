@@ -11,14 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+from numpy.typing import NDArray
 
 from shards.catalog import Catalog
 from shards.commit import MARKERS, Marker, commit_shard, committed, read_marker
@@ -56,11 +57,12 @@ from shards.plan import (
     make_plan,
     plan_folder,
     saved_generations,
+    superseded_in,
 )
 from shards.store import Store, open_store
 from shards.takedown import rows_of_objects
 from shards.tar import Member, build_tar, sample_key
-from shards.tombstones import DeadReason
+from shards.tombstones import DeadReason, dead_rows
 
 logger = logging.getLogger(__name__)
 
@@ -519,20 +521,67 @@ def _new_plan(
 
 
 def _known(head: ShardSet) -> Iterator[pa.RecordBatch]:
-    """What earlier generations packed, or rejected for what it is: uri, etag, size."""
+    """What earlier generations packed, or rejected for what it is: uri, etag, size.
+
+    Not what was left out as a duplicate of an object that has changed since: its bytes are served
+    by nobody, so it is to be planned again.
+    """
     columns = ["uri", "etag", "source_size"]
     made_by = [record.generation for record in head.records()]
     may_pass = pa.array([Reason.NOT_FOUND, Reason.CHANGED, Reason.FORBIDDEN], pa.string())
+    twin_is_gone = _said_of_changed(head)
     for generation in _generations(head):
         # Of what was listed twice a generation has a rejection and a sample: the sample counts.
         table = head.rejections(generation)
-        kept = table.filter(pc.invert(pc.is_in(table.column("reason"), may_pass)))
-        yield from kept.select(["uri", "etag", "size"]).to_batches()
+        again = pc.or_(
+            pc.is_in(table.column("reason"), may_pass),
+            pc.is_in(table.column("detail"), twin_is_gone),
+        )
+        yield from table.filter(pc.invert(again)).select(["uri", "etag", "size"]).to_batches()
         shards = [shard for shard, made in enumerate(made_by) if made == generation]
-        packed = head.tables(columns, shards=shards, with_dead=True)
-        erased = (table for _, table in erased_rows(head, shards))
-        for table in chain(packed, erased):
-            yield from table.select(columns).rename_columns(["uri", "etag", "size"]).to_batches()
+        widowed = _widowed(head, shards, twin_is_gone)
+        for table in head.tables(columns, shards=shards, with_dead=True):
+            known = ~np.isin(table.column("sample_id").to_numpy(), widowed)
+            yield from _as_known(table.filter(pa.array(known)), columns)
+        for _, table in erased_rows(head, shards):
+            again = pc.is_in(table.column("detail"), twin_is_gone)
+            yield from _as_known(table.filter(pc.invert(again)), columns)
+
+
+def _as_known(table: pa.Table, columns: list[str]) -> list[pa.RecordBatch]:
+    named = table.select(columns).rename_columns(["uri", "etag", "size"])
+    found: list[pa.RecordBatch] = named.to_batches()
+    return found
+
+
+def _said_of_changed(head: ShardSet) -> pa.ChunkedArray:
+    """What the duplicates of objects that have changed since say of themselves."""
+    uris = [
+        batch.column("uri")
+        for generation in saved_generations(head.store)
+        if generation in _generations(head)
+        for batch in superseded_in(head.store, generation)
+    ]
+    return pc.binary_join_element_wise("same bytes as ", pa.chunked_array(uris, pa.string()), "")
+
+
+def _widowed(
+    head: ShardSet, shards: Sequence[int], twin_is_gone: pa.ChunkedArray
+) -> NDArray[np.int64]:
+    """Sample ids in these shards of duplicates whose twin has changed since."""
+    found = [np.zeros(0, dtype=np.int64)]
+    records = head.records()
+    for at in range(0, len(shards) if len(twin_is_gone) else 0, 1000):
+        some = shards[at : at + 1000]
+        dead = dead_rows(
+            head.store,
+            [records[shard].name for shard in some],
+            [records[shard].tombstones for shard in some],
+        )
+        dead = dead.filter(pc.is_in(dead.column("detail"), twin_is_gone))
+        first = head.first_ordinal[np.array(some)[dead.column("shard").to_numpy()]]
+        found.append(first + dead.column("position").to_numpy())
+    return np.concatenate(found)
 
 
 def _generations(head: ShardSet) -> list[int]:

@@ -397,6 +397,12 @@ def saved_generations(store: Store) -> list[int]:
     return sorted(int(folder.removeprefix("g")) for _, folder, _ in plans)
 
 
+def superseded_in(store: Store, generation: int) -> Iterator[pa.RecordBatch]:
+    """uri of what a saved plan of this generation found in another state, whatever its settings."""
+    saved = json.loads(bytes(store.read(_plan_path(generation))))
+    yield from _batches(store, [PlanFile(**file) for file in saved["superseded_files"]])
+
+
 def plan_folder(generation: int) -> str:
     """Where the files of a generation's plan are."""
     return f"{FOLDER}/g{generation:04}"

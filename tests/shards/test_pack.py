@@ -715,6 +715,23 @@ def test_what_was_rejected_and_then_mended_is_packed_once(tmp_path: Path) -> Non
     assert set(served(url)) == {"0.jpg", "m.jpg"}
 
 
+def test_a_duplicate_outlives_the_change_of_its_twin(tmp_path: Path) -> None:
+    source = fill(tmp_path / "raw", {f"{n}.jpg": jpeg(n) for n in range(4)})
+    fill(tmp_path / "raw", {"copy.jpg": jpeg(2)})
+    url = pack(source, str(tmp_path / "set"), SMALL).url
+    (kept,) = {"2.jpg", "copy.jpg"} & set(served(url))
+    (other,) = {"2.jpg", "copy.jpg"} - {kept}
+    fill(tmp_path / "raw", {kept: jpeg(60)})
+
+    pack(source, url, SMALL, add=True)
+    again = pack(source, url, SMALL, add=True)
+    then = pack(source, url, SMALL, add=True)
+
+    assert (again.packed, again.already) == (1, 4)
+    assert set(served(url)) == {"0.jpg", "1.jpg", "3.jpg", kept, other}
+    assert (then.was_complete, then.packed) == (True, 0)
+
+
 def test_adding_keeps_what_a_compaction_said_of_the_set(tmp_path: Path) -> None:
     source = fill(tmp_path / "raw", {f"{n}.jpg": jpeg(n) for n in range(8)})
     first = pack(source, str(tmp_path / "set"), SMALL)
