@@ -111,6 +111,8 @@ class LocalS3:
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
             *flags,
+            # Each bucket takes some volumes; left alone, their number hangs on the disk's free space.
+            "-volume.max=10000",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             "-admin.ui=false",
