@@ -111,7 +111,7 @@ class LocalS3:
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
             *flags,
-            # Each bucket takes some volumes; left alone, their number hangs on the disk's free space.
+            # Each bucket takes some volumes; their number would hang on the disk's free space.
             "-volume.max=10000",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
