@@ -31,7 +31,7 @@ from shards.manifest import (
     rejections_path,
     version_path,
 )
-from shards.objects import Bytes
+from shards.objects import Bytes, shown
 from shards.scan import FoundMember, ScanError, TarScan, next_member, padding
 from shards.store import Store, open_store
 from shards.tar import BLOCK
@@ -133,10 +133,10 @@ class VerifyReport:
         if self.orphans:
             yield "orphans", f"{len(self.orphans):,} ({self.orphan_bytes / 2**20:,.1f} MiB)"
             for path in self.orphans:
-                yield "safe to delete", _shown(path)
+                yield "safe to delete", shown(path)
         yield "faults", f"{self.num_faults:,}" if self.num_faults else "none"
         for fault in self.faults:
-            yield "fault", _shown(str(fault))
+            yield "fault", shown(str(fault))
         if self.num_faults > len(self.faults):
             yield "fault", f"... and {self.num_faults - len(self.faults):,} more"
 
@@ -407,11 +407,6 @@ def _orphans(
 
 def _fault(shard: str, what: str, *, key: str | None = None, byte: int | None = None) -> Fault:
     return Fault(shard=shard, key=key, byte=byte, what=what)
-
-
-def _shown(text: str) -> str:
-    """Names are hostile input: control characters as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # What the bytes say.
