@@ -22,14 +22,24 @@ class DataConfig:
     """Height and width of a view, in pixels."""
     min_crop_area_frac: float = 0.2
     """Smallest part of the image's area that a random crop may cover."""
+    colour: Literal["exact", "fast"] = "exact"
+    """Colour jitter step by step as torchvision's, or as one matrix a view (other hue, no clipping
+    between the steps)."""
+    view_dtype: Literal["float32", "float16", "uint8"] = "float32"
+    """Of the views as they are handed over: floats are normalised, uint8 is not yet."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """What decodes and augments; auto takes DALI where it can be imported."""
+    mode: Literal["stream", "headspace", "synthetic"] = "stream"
+    """stream; or, to find out who is the limit: headspace trains on the first batch for ever,
+    synthetic reads nothing at all."""
     num_threads: int = 0
     """Decoding threads per rank; 0 takes the cores of this machine divided by its ranks."""
     prefetch_batches: int = 2
     """Batches that are made ready ahead of the step."""
     buffer_bytes: int = 1 << 30
     """Bound on encoded bytes held per rank, in flight and ready."""
+    max_pixels: int = 89_478_485
+    """Images of more pixels (width x height) are bad: they never reach a decoder."""
     max_bad_frac: float = 0.01
     """The run stops when more than this part of the samples had to be replaced."""
     wait_timeout_s: float = 120.0
