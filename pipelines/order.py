@@ -1,6 +1,6 @@
 """Which sample stands at which position of an epoch: arithmetic, without I/O."""
 
-from bisect import bisect_right
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +13,8 @@ ALGORITHM = "slot-lanes-1"
 """Name and version of the order; it is part of a saved position."""
 
 _SHARDS, _BLOCKS, _SAMPLES = 1, 2, 3  # what a hash is for, so that no two permutations are related
+_LAST = np.iinfo(np.uint64).max
+_MOST_KEYS = 2**20
 
 
 class Order:
@@ -51,49 +53,102 @@ class Order:
         """Positions in an epoch: a multiple of `lanes`, and the same in every epoch."""
         # Per instance, so that a dropped order frees its memory.
         self._layout = lru_cache(maxsize=2)(self._shard_layout)
-        self._block_order = lru_cache(maxsize=max(4096, 2 * lanes))(self._permuted_blocks)
+        self._entered = _Entered.none(lanes, block)
 
     def samples(
         self, epoch: int, start: int, stop: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard, and position in the shard, of the epoch's positions [start, stop)."""
+        """Shard, and position in the shard, of the epoch's positions [start, stop).
+
+        What each lane's block was is remembered, so positions in a row are cheap; not for several
+        threads at once.
+        """
         assert 0 <= start <= stop <= self.epoch_length, "positions lie within one epoch"
-        positions = np.arange(start, stop, dtype=np.int64)
+        shards = np.empty(stop - start, dtype=np.int64)
+        members = np.empty_like(shards)
+        for first in range(start, stop, self.lanes):  # so that no lane comes twice
+            last = min(first + self.lanes, stop)
+            positions = np.arange(first, last, dtype=np.int64)
+            lane, here = positions % self.lanes, slice(first - start, last - start)
+            address = lane * self._lane_length + positions // self.lanes
+            self._enter(epoch, lane, address)
+            entered = self._entered
+            shards[here] = entered.shard[lane]
+            at = address - entered.begin[lane]
+            members[here] = entered.first[lane] + entered.permuted[lane, at]
+        return shards, members
+
+    def _enter(self, epoch: int, lane: NDArray[np.int64], address: NDArray[np.int64]) -> None:
+        """Bring the lanes that have left their block, or are elsewhere altogether, into another."""
+        entered = self._entered
+        elsewhere = (
+            (entered.epoch[lane] != epoch)
+            | (address < entered.begin[lane])
+            | (address >= entered.end[lane])
+        )
+        if not elsewhere.any():
+            return
+        lane, address = lane[elsewhere], address[elsewhere]
         order, ends = self._layout(epoch)
-        address = positions % self.lanes * self._lane_length + positions // self.lanes
         slot = np.searchsorted(ends, address, side="right")
         shard = order[slot]
-        offset = address - (ends[slot] - self._samples[shard])
-        return shard, self._inside(epoch, shard, offset)
+        number, rest = self._block_at(epoch, shard, address - ends[slot] + self._samples[shard])
+        first = number * self.block
+        size = np.minimum(self._samples[shard] - first, self.block)
+        entered.epoch[lane] = epoch
+        entered.begin[lane] = address - rest
+        entered.end[lane] = address - rest + size
+        entered.shard[lane] = shard
+        entered.first[lane] = first
+        entered.permuted[lane] = self._permuted_members(epoch, shard, number, size)
 
-    def _inside(
+    def _block_at(
         self, epoch: int, shard: NDArray[np.int64], offset: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """The sample that stands `offset` samples after its shard's beginning in this epoch."""
-        number = np.empty_like(offset)
-        rest = np.empty_like(offset)
-        for place, (one, at) in enumerate(zip(shard.tolist(), offset.tolist(), strict=True)):
-            blocks, begins = self._block_order(epoch, one)
-            slot = bisect_right(begins, at) - 1
-            number[place] = blocks[slot]
-            rest[place] = at - begins[slot]
-        return number * self.block + self._permuted_in_block(epoch, shard, number, rest)
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The block that lies `offset` samples after its shard's beginning, and the offset in it."""
+        number, rest = np.empty_like(offset), np.empty_like(offset)
+        one_of_each, which = np.unique(shard, return_inverse=True)
+        most = -(-int(self._samples[one_of_each].max()) // self.block)
+        rows = max(1, _MOST_KEYS // most)  # at once, so that memory stays small
+        for first in range(0, len(one_of_each), rows):
+            part = one_of_each[first : first + rows]
+            blocks, ends = self._permuted_blocks(epoch, part, most)
+            mine = np.flatnonzero((which >= first) & (which < first + rows))
+            row = which[mine] - first
+            # One search for all rows: each is put behind the one before it.
+            apart = np.arange(len(part)) * (int(self._samples[part].max()) + 1)
+            at = np.searchsorted((ends + apart[:, None]).ravel(), offset[mine] + apart[row], "right")
+            number[mine] = blocks.ravel()[at]
+            column = at - row * most
+            before = np.where(column > 0, ends[row, column - 1], 0)
+            rest[mine] = offset[mine] - before
+        return number, rest
 
-    def _permuted_in_block(
+    def _permuted_blocks(
+        self, epoch: int, shards: NDArray[np.int64], most: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Each shard's blocks in this epoch's order, and the offset at which each ends."""
+        samples = self._samples[shards][:, np.newaxis]
+        numbers = np.arange(most, dtype=np.int64)[np.newaxis, :]
+        keys = hash_words(self._seed, _BLOCKS, epoch, shards[:, np.newaxis], numbers)
+        keys[numbers >= -(-samples // self.block)] = _LAST  # none: they sort behind the others
+        blocks = np.argsort(keys, axis=1, kind="stable")
+        return blocks, np.cumsum(np.clip(samples - blocks * self.block, 0, self.block), axis=1)
+
+    def _permuted_members(
         self,
         epoch: int,
         shard: NDArray[np.int64],
         number: NDArray[np.int64],
-        rest: NDArray[np.int64],
+        size: NDArray[np.int64],
     ) -> NDArray[np.int64]:
-        """Entry `rest` of each block's permutation; only the blocks entered are permuted."""
-        entered, which = np.unique(shard << 32 | number, return_inverse=True)
-        of_shard, number = entered[:, np.newaxis] >> 32, entered[:, np.newaxis] & 0xFFFFFFFF
+        """The order of each block's samples; what lies beyond a short one's end comes last."""
         members = np.arange(self.block, dtype=np.int64)[np.newaxis, :]
-        keys = hash_words(self._seed, _SAMPLES, epoch, of_shard, number, members)
-        # What lies beyond a short block's end sorts last, so it is never taken.
-        keys[members >= self._samples[of_shard] - number * self.block] = np.iinfo(np.uint64).max
-        return np.argsort(keys, axis=1, kind="stable")[which, rest]
+        keys = hash_words(
+            self._seed, _SAMPLES, epoch, shard[:, np.newaxis], number[:, np.newaxis], members
+        )
+        keys[members >= size[:, np.newaxis]] = _LAST
+        return np.argsort(keys, axis=1, kind="stable")
 
     def _shard_layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's permutation of the shards, and where each ends when laid in a row."""
@@ -101,14 +156,35 @@ class Order:
         order = np.argsort(keys, kind="stable")
         return order, np.cumsum(self._samples[order])
 
-    def _permuted_blocks(self, epoch: int, shard: int) -> tuple[list[int], list[int]]:
-        """The shard's blocks in this epoch's order, and the offset at which each begins."""
-        samples = int(self._samples[shard])
-        count = -(-samples // self.block)
-        keys = hash_words(self._seed, _BLOCKS, epoch, shard, np.arange(count))
-        blocks = np.argsort(keys, kind="stable")
-        sizes = np.minimum(samples - blocks * self.block, self.block)
-        return blocks.tolist(), (np.cumsum(sizes) - sizes).tolist()
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entered:
+    """The block that each lane is in; an entry a lane, changed in place."""
+
+    epoch: NDArray[np.int64]
+    """-1: in none yet."""
+    begin: NDArray[np.int64]
+    """First of the block's addresses in the epoch's row of shards."""
+    end: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    first: NDArray[np.int64]
+    """Position in the shard of the block's first sample."""
+    permuted: NDArray[np.int32]
+    """Lanes x block: the order of the samples."""
+
+    @classmethod
+    def none(cls, lanes: int, block: int) -> "_Entered":
+        def zeros() -> NDArray[np.int64]:
+            return np.zeros(lanes, dtype=np.int64)
+
+        return cls(
+            epoch=zeros() - 1,
+            begin=zeros(),
+            end=zeros(),
+            shard=zeros(),
+            first=zeros(),
+            permuted=np.zeros((lanes, block), dtype=np.int32),
+        )
 
 
 def rank_positions(
