@@ -125,7 +125,7 @@ class Requests:
         self._judge = judge
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._requests = self._retries = self._throttles = 0
+        self._requests = self._retries = self._resumes = self._throttles = 0
         self._read_bytes = self._written_bytes = 0
 
     def run(self, where: str, action: Callable[[int], T], *, reads: bool = False) -> T:
@@ -160,10 +160,11 @@ class Requests:
             )
             self._wait_or_raise(refusal, cause, attempt=attempt, begun=begun)
 
-    def count(self, *, requests: int = 0, written: int = 0) -> None:
+    def count(self, *, requests: int = 0, resumes: int = 0, written: int = 0) -> None:
         """Add to the statistics what `run` cannot know."""
         with self._lock:
             self._requests += requests
+            self._resumes += resumes
             self._written_bytes += written
 
     def stats(self) -> StoreStats:
@@ -171,6 +172,7 @@ class Requests:
             return StoreStats(
                 requests=self._requests,
                 retries=self._retries,
+                resumes=self._resumes,
                 throttles=self._throttles,
                 read_bytes=self._read_bytes,
                 written_bytes=self._written_bytes,

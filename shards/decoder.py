@@ -156,7 +156,7 @@ def serve() -> None:
 
 def decode(data: bytes, found: str, rules: ImageRules) -> CheckedImage | Rejection:
     """Check one image with Pillow. `data` of the answer is None where the bytes are kept."""
-    if found == "webp" and (size := _webp_size(data)) and (refused := rules.refuse(*size)):
+    if found == "webp" and (size := webp_size(data)) and (refused := rules.refuse(*size)):
         return refused  # Pillow takes memory for the whole canvas just to open one
     try:
         image = Image.open(io.BytesIO(data), formats=[_PILLOW_NAMES.get(found, found.upper())])
@@ -294,7 +294,7 @@ def _orientation_for_others(data: bytes, found: str) -> int | None:
     return exif_orientation(data[at + skipped :].removeprefix(b"Exif\0\0"))
 
 
-def _webp_size(data: bytes) -> tuple[int, int] | None:
+def webp_size(data: bytes) -> tuple[int, int] | None:
     """Canvas size out of the first chunk (RFC 9649, 2.5 to 2.7)."""
     kind, body = data[12:16], data[20:30]
     if len(body) < 10:

@@ -25,7 +25,7 @@ from shards.errors import (
     NotFoundError,
     StoreError,
 )
-from shards.objects import LISTING, Bytes, ObjectInfo, StoreStats
+from shards.objects import LISTING, Allocate, Bytes, ObjectInfo, StoreStats, allocated
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class FolderStore:
             return StoreStats(
                 requests=self._requests,
                 retries=0,
+                resumes=0,
                 throttles=0,
                 read_bytes=self._read_bytes,
                 written_bytes=self._written_bytes,
@@ -110,15 +111,19 @@ class FolderStore:
         ends: Sequence[int],
         *,
         if_match: str | None = None,
+        allocate: Allocate = allocated,
     ) -> Sequence[Bytes]:
         found = []
-        with self._errors(path), self._file(path).open("rb") as file:
+        with self._errors(path), self._file(path).open("rb", buffering=0) as file:
             self._check(path, os.fstat(file.fileno()), if_match)
-            for start, end in zip(starts, ends, strict=True):
-                file.seek(int(start))
-                data = file.read(int(end) - int(start))
-                if len(data) != end - start:
-                    raise ChangedError(f"{self.uri(path)}: ends before byte {end}")
+            for start, end in zip(map(int, starts), map(int, ends), strict=True):
+                data, filled = allocate(end - start), 0
+                file.seek(start)
+                while filled < len(data):
+                    came = file.readinto(data[filled:])
+                    if not came:
+                        raise ChangedError(f"{self.uri(path)}: ends before byte {end}")
+                    filled += came
                 found.append(data)
         self._count(read=sum(map(len, found)))
         return found

@@ -23,7 +23,7 @@ from shards.errors import (
     UnreachableError,
 )
 from shards.folder import UNFINISHED
-from shards.objects import LISTING, Bytes, ObjectInfo, StoreStats
+from shards.objects import LISTING, Allocate, Bytes, ObjectInfo, StoreStats, allocated
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -115,6 +115,7 @@ class FsspecStore:
         ends: Sequence[int],
         *,
         if_match: str | None = None,
+        allocate: Allocate = allocated,  # noqa: ARG002  fsspec has memory of its own
     ) -> Sequence[Bytes]:
         file = self._file(path)
         found = []

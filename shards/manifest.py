@@ -23,12 +23,14 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from shards.backoff import DEADLINE_S
 from shards.errors import (
     AccessError,
     AlreadyExistsError,
     FormatError,
     NotFoundError,
     PlanError,
+    StoreError,
 )
 from shards.index import SCHEMA as INDEX_SCHEMA
 from shards.index import ShardIndex, live_rows, parquet_table, read_index
@@ -162,24 +164,42 @@ class ShardSet:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, url: str, *, version: int | None = None) -> "ShardSet":
+    def open(
+        cls, url: str, *, version: int | None = None, deadline_s: float = DEADLINE_S
+    ) -> "ShardSet":
         """Read the manifest: the newest version, or an earlier one.
+
+        Args:
+            deadline_s: how long a request that fails in passing is tried again, now and later.
 
         Raises:
             FormatError: there is no shard set at the address, or it is of another format version.
         """
-        store = open_store(url)
+        return cls._within(open_store(url, deadline_s=deadline_s), version=version)
+
+    def at(self, version: int | None) -> "ShardSet":
+        """Another version of this set, or its newest, over the same connections.
+
+        Raises:
+            FormatError: there is no such version.
+        """
+        return self._within(self.store, version=version)
+
+    @classmethod
+    def _within(cls, store: Store, *, version: int | None) -> "ShardSet":
         path = MANIFEST if version is None else version_path(version)
         try:
             shards = _read_manifest(store.read(path), where=store.uri(path))
             return cls(store, shards if version is not None else _newest(store, shards))
         except NotFoundError as err:
             if version is not None:
-                raise FormatError(f"{url} has no version {version}; open the newest one") from err
-            raise FormatError(
-                f"no shard set at {url}: it has no {MANIFEST}; "
-                "run 'moco-scale pack SOURCE SHARD_SET' first (or again, if it was interrupted)"
-            ) from err
+                raise FormatError(
+                    f"{store.url} has no version {version}; open the newest one"
+                ) from err
+            todo = "run 'moco-scale pack SOURCE SHARD_SET' first (or again, if it was interrupted)"
+            if _has_tars(store):
+                todo = "to use tars that another tool wrote, run 'moco-scale index' on them first"
+            raise FormatError(f"no shard set at {store.url}: it has no {MANIFEST}; {todo}") from err
 
     @classmethod
     def draft(
@@ -395,7 +415,20 @@ class ShardSet:
             return self
         counts = {reason: count for reason, count in sorted(reasons.items()) if count}
         publish(self.store, records, self.metadata | {"dead": json.dumps(counts)}, version=version)
-        return ShardSet.open(self.url)
+        return self.at(None)
+
+
+def _has_tars(store: Store) -> bool:
+    """Whether tars lie at this level and nothing of a packing does."""
+    try:
+        names = [
+            path for page in store.list(delimiter=True) for path in page.column("path").to_pylist()
+        ]
+    except StoreError:
+        return False  # it is for the message only
+    return any(name.endswith(".tar") for name in names) and not any(
+        name.endswith("/") for name in names
+    )
 
 
 def publish(

@@ -1,13 +1,24 @@
 """What stores say: one object's facts, the columns of a listing, and what it took."""
 
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 Bytes: TypeAlias = Any
 """Anything with the buffer protocol: bytes, memoryview, or what a store read without a copy."""
+
+Allocate: TypeAlias = Callable[[int], memoryview]
+"""Memory of so many bytes, to be written into; its items are bytes."""
+
+
+def allocated(size: int) -> memoryview:
+    """Fresh memory. Not a bytearray, which would be filled with zeros first."""
+    return np.empty(size, dtype=np.uint8).data
+
 
 LISTING = pa.schema(
     [
@@ -38,6 +49,8 @@ class StoreStats:
     """Attempts, retries included; a listing counts one for each thousand objects."""
     retries: int
     """Attempts that followed a failed one of the same request."""
+    resumes: int
+    """Of the retries, those that went on at the byte where a body broke off."""
     throttles: int
     """Answers that said to slow down (429, 503)."""
     read_bytes: int

@@ -41,7 +41,7 @@ from shards.errors import (
 )
 from shards.folder import FolderStore
 from shards.fsspec_store import FsspecStore, knows
-from shards.objects import LISTING, Bytes, ObjectInfo, StoreStats
+from shards.objects import LISTING, Allocate, Bytes, ObjectInfo, StoreStats, allocated
 
 __all__ = [
     "LISTING",
@@ -58,6 +58,7 @@ __all__ = [
 READ_THREADS = 16
 _LIST_CHUNK = 1_000  # one answer of S3: who stops early has asked for no more than it read
 _LIST_PAGE = 1000
+_CHUNK_BYTES = 2**20
 _NO_RETRY: Any = {"max_retries": 0}  # `Requests` tries again: it sees, counts and slows down
 
 
@@ -102,8 +103,12 @@ class Store(Protocol):
         ends: Sequence[int],
         *,
         if_match: str | None = None,
+        allocate: Allocate = allocated,
     ) -> Sequence[Bytes]:
         """Bytes [start, end) for each pair, one request each, several at a time.
+
+        Args:
+            allocate: gives the memory that they are to be in, perhaps used before.
 
         Raises:
             ChangedError: the ETag is not `if_match`, or the object ends before a range does.
@@ -270,15 +275,10 @@ class ObjectStore:
     def read(self, path: str, *, if_match: str | None = None) -> Bytes:
         if self._odd_keys and self._is_odd(path):
             return self._read_odd(path, None, if_match)
-        options = _match(if_match)
-
-        def fetch(attempt: int) -> memoryview:
-            answer = obstore.get(self._reader(attempt), path, options=options)
-            if if_match:
-                self._check(path, _etag(answer.meta), if_match)
-            return memoryview(answer.bytes())
-
-        return self._requests.run(self.uri(path), fetch, reads=True)
+        body = _Body(path, None, if_match)
+        return self._requests.run(
+            self.uri(path), lambda attempt: self._receive(body, attempt), reads=True
+        )
 
     def read_ranges(
         self,
@@ -287,31 +287,61 @@ class ObjectStore:
         ends: Sequence[int],
         *,
         if_match: str | None = None,
+        allocate: Allocate = allocated,
     ) -> Sequence[Bytes]:
         odd = self._odd_keys is not None and self._is_odd(path)
-        match = _match(if_match)
 
         def one(start: int, end: int) -> Bytes:
             if odd:
                 return self._read_odd(path, (start, end), if_match)
-
-            def fetch(attempt: int) -> memoryview:
-                options: Any = {"range": (start, end), **match}
-                answer = obstore.get(self._reader(attempt), path, options=options)
-                meta = answer.meta
-                if if_match:
-                    self._check(path, _etag(meta), if_match)
-                self._check_end(path, meta["size"], end)
-                found = memoryview(answer.bytes())
-                _check_length(found, end - start)
-                return found
-
-            return self._requests.run(self.uri(path), fetch, reads=True)
+            body = _Body(path, (start, end), if_match, allocate)
+            return self._requests.run(
+                self.uri(path), lambda attempt: self._receive(body, attempt), reads=True
+            )
 
         pairs = [(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
         if len(pairs) == 1:
             return [one(*pairs[0])]
         return list(_threads().map(lambda pair: one(*pair), pairs))
+
+    def _receive(self, body: "_Body", attempt: int) -> memoryview:
+        """What is missing of a body; after one that broke off, from the byte that was reached."""
+        if body.is_whole:  # what broke was its end: a range of nothing would bring everything
+            return body.received
+        options: Any = _match(body.etag)
+        if body.wanted is not None:
+            options |= {"range": body.wanted}
+        try:
+            answer = obstore.get(self._reader(attempt), body.path, options=options)
+        except refused.NotSupportedError as err:
+            if not body.is_of_whole:
+                raise
+            body.begin_again()  # a web server without ranges: everything anew
+            raise WrongAnswer(f"the rest of a body that broke off: {_first_line(err)}") from err
+        meta = answer.meta
+        if body.etag:
+            self._check(body.path, _etag(meta), body.etag)
+        wanted = body.wanted
+        if wanted is None:
+            body.begin(0, meta["size"])
+        self._check_end(body.path, meta["size"], body.end)
+        # An empty object's range is what it likes.
+        if wanted is not None and tuple(answer.range) != wanted and meta["size"]:
+            raise WrongAnswer(f"asked for bytes {wanted}, got {tuple(answer.range)}")
+        if body.filled:
+            self._requests.count(resumes=1)
+        body.etag = body.etag or _etag(meta)
+        try:
+            # A small one in one go: a stream costs more than it could save.
+            is_small = body.end - body.start - body.filled <= _CHUNK_BYTES
+            for chunk in [answer.bytes()] if is_small else answer.stream(_CHUNK_BYTES):
+                body.add(chunk)
+        finally:
+            if not body.etag and not body.is_whole:
+                body.begin_again()  # whether the rest is of the same object, nobody could tell
+        if not body.is_whole:
+            raise WrongAnswer(f"the body ends {body.end - body.start - body.filled} bytes early")
+        return body.received
 
     def put(
         self, path: str, buffers: "Bytes | Sequence[Bytes]", *, create_only: bool = False
@@ -464,6 +494,64 @@ class ObjectStore:
             raise ChangedError(
                 f"{self.uri(path)}: ends before byte {end}; it is not what was indexed"
             )
+
+
+class _Body:
+    """Bytes [start, end) of an object, as far as they have come.
+
+    Args:
+        span: None for the whole object, whose size the first answer tells.
+        etag: what it must have; else the first answer's, from then on.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        span: tuple[int, int] | None,
+        etag: str | None,
+        allocate: Allocate = allocated,
+    ) -> None:
+        self.path = path
+        self.etag = etag
+        self.is_of_whole = span is None
+        self._allocate = allocate
+        self.start = self.end = self.filled = 0
+        self._buffer: memoryview | None = None
+        if span is not None:
+            self.begin(*span)
+
+    def begin(self, start: int, end: int) -> None:
+        if self._buffer is None or len(self._buffer) != end - start:
+            self._buffer = self._allocate(end - start)
+        self.start, self.end = start, end
+
+    def begin_again(self) -> None:
+        self.filled = 0
+
+    @property
+    def wanted(self) -> tuple[int, int] | None:
+        """The range to ask for; None for a whole object of which nothing has come."""
+        if self.is_of_whole and not self.filled:
+            return None
+        return self.start + self.filled, self.end
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all has come."""
+        return self._buffer is not None and self.filled == self.end - self.start
+
+    @property
+    def received(self) -> memoryview:
+        assert self._buffer is not None, "some of it has come"
+        return self._buffer
+
+    def add(self, chunk: Bytes) -> None:
+        assert self._buffer is not None, "begun before bytes come"
+        stop = self.filled + len(chunk)
+        if stop > len(self._buffer):
+            raise WrongAnswer(f"more than the {len(self._buffer)} bytes that were asked for")
+        self._buffer[self.filled : stop] = memoryview(chunk)
+        self.filled = stop
 
 
 class _OddKeyError(StoreError):

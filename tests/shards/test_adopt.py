@@ -67,11 +67,11 @@ def served(url: str) -> dict[str, bytes]:
 def trained_ids(url: str, *, steps: int) -> list[int]:
     """Sample ids that the training stream gives in some steps of 6, sorted; all must be sound."""
     config = DataConfig(
-        shards=url,
+        shards=(url,),
         global_batch_size=6,
         block_samples=4,
         view_size=24,
-        loader="torch",
+        loader="cpu",
         num_threads=1,
         wait_timeout_s=30,
         max_bad_frac=0.01,

@@ -381,7 +381,7 @@ def served(shard_set: ShardSet, ordinals: list[int] | None = None) -> Iterator[t
         ordinals=None if ordinals is None else np.array(ordinals),
         view_size=16,
         batch_size=8,
-        loader="torch",
+        loader="cpu",
         num_threads=1,
         device_index=None,
     )
@@ -391,11 +391,11 @@ def served(shard_set: ShardSet, ordinals: list[int] | None = None) -> Iterator[t
 
 def epochs(url: str, *, steps: int) -> list[tuple[list[int], float]]:
     config = DataConfig(
-        shards=url,
+        shards=(url,),
         global_batch_size=6,
         block_samples=4,
         view_size=16,
-        loader="torch",
+        loader="cpu",
         num_threads=1,
         wait_timeout_s=60,
     )

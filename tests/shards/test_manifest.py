@@ -125,8 +125,12 @@ def test_what_is_no_shard_set_is_told_in_one_line(packed: Path, tmp_path: Path) 
     pq.write_table(pa.table({"fruit": ["apple"]}), written)
     open_store(other).put("manifest.parquet", written.getvalue())
 
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "00000.tar").write_bytes(b"somebody else's")
+
     for url, said in (
         (str(tmp_path), "moco-scale pack"),
+        (str(tmp_path / "foreign"), "moco-scale index"),
         (str(tmp_path / "nowhere"), "moco-scale pack"),
         (newer, "format version 9"),
         (torn, "not a readable manifest"),
