@@ -8,15 +8,17 @@ from typing import Literal
 class DataConfig:
     """Where the samples come from, how they are batched and how a view is drawn."""
 
-    shards: str = ""
-    """URL or path of the shard set (the folder that holds manifest.parquet)."""
+    shards: tuple[str, ...] = ()
+    """URL or path of the shard set (the folder that holds manifest.parquet), or of several."""
+    weights: tuple[float, ...] = ()
+    """Share of each of several shard sets in every batch, relative; none: by their samples."""
     global_batch_size: int = 256
     """Samples per step over all ranks."""
     lanes_per_slot: int = 1
     """Lanes A = lanes_per_slot x global_batch_size; fixed for the life of a run."""
     block_samples: int = 64
     """Consecutive samples of a shard that one range request reads."""
-    recipe: Literal["v1", "v2", "v2_gray", "digits"] = "v2"
+    recipe: Literal["v1", "v2", "v2_gray", "cifar", "digits"] = "v2"
     """Augmentation: the paper's (v1), MoCo v2's, v2 for grey images with no upright, or digits."""
     view_size: int = 224
     """Height and width of a view, in pixels."""
@@ -27,8 +29,8 @@ class DataConfig:
     between the steps)."""
     view_dtype: Literal["float32", "float16", "uint8"] = "float32"
     """Of the views as they are handed over: floats are normalised, uint8 is not yet."""
-    loader: Literal["auto", "dali", "torch"] = "auto"
-    """What decodes and augments; auto takes DALI where it can be imported."""
+    loader: Literal["auto", "dali", "cpu"] = "auto"
+    """What decodes and augments; auto takes DALI on a GPU."""
     mode: Literal["stream", "headspace", "synthetic"] = "stream"
     """stream; or, to find out who is the limit: headspace trains on the first batch for ever,
     synthetic reads nothing at all."""
@@ -49,6 +51,13 @@ class DataConfig:
         for name in ("global_batch_size", "lanes_per_slot", "block_samples", "view_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if self.weights and len(self.weights) != len(self.shards):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.shards)} data.shards; "
+                "give one for each, or none"
+            )
+        if len(set(self.shards)) < len(self.shards):
+            raise ValueError("data.shards names a shard set twice; give it a larger data.weights")
         if not 0 < self.min_crop_area_frac <= 1:
             raise ValueError(
                 f"data.min_crop_area_frac must be in (0, 1], not {self.min_crop_area_frac}"

@@ -3,7 +3,7 @@
 import io
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,10 +12,14 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from PIL import Image
 from torch import Tensor
 
-from pipelines.dali_graph import PREFETCH, build_graph
+from pipelines.dali_graph import PREFETCH, build_graph, inputs_of
 from pipelines.stream import EncodedBatch
 from pipelines.view_maker import Repair, Views
-from pipelines.views import Draw, ViewParams, evaluation_views
+from pipelines.views import Draw, ViewParams, affine_colour, evaluation_views
+
+HW_DECODER_LOAD = 0.65
+"""DALI's default. Published figures: 0.9 is no faster from end to end and waits longer at worst.
+Not measured here; benchmarks/gpu_input.py measures it."""
 
 
 class DaliViews:
@@ -28,9 +32,11 @@ class DaliViews:
         batch_size: int,
         num_views: int,
         view_size: int,
-        colour: bool,
+        colour: Literal["exact", "fast"] | None,
+        view_dtype: Literal["float32", "float16", "uint8"],
         num_threads: int,
         device_index: int | None,
+        hw_decoder_load: float = HW_DECODER_LOAD,
     ) -> None:
         self._draw = draw
         self._colour = colour
@@ -40,7 +46,9 @@ class DaliViews:
             num_views=num_views,
             view_size=view_size,
             colour=colour,
+            view_dtype=view_dtype,
             num_threads=num_threads,
+            hw_decoder_load=hw_decoder_load,
             device_index=device_index,
         )
         self._prime(num_views)
@@ -112,13 +120,9 @@ class DaliViews:
         # Views into the blocks: DALI keeps a reference while it needs them.
         feed("encoded", _as_list([TensorCPU(one) for one in data]))
         for view, params in enumerate(views):
-            start, end = _roi(params)
-            feed(f"start_{view}", start)
-            feed(f"end_{view}", end)
-            if self._colour:
-                feed(f"matrix_{view}", params.matrix)
-                feed(f"pivot_{view}", params.pivot)
-                feed(f"sigma_{view}", params.sigma)
+            inputs = _inputs(params, colour=self._colour)
+            for name in inputs_of(view, colour=self._colour):
+                feed(name, inputs[name.removesuffix(f"_{view}")])
 
     def _prime(self, num_views: int) -> None:
         """Run one tiny image through, as DALI's first run is of PREFETCH batches and not of one."""
@@ -152,7 +156,28 @@ def _as_list(encoded: list[TensorCPU]) -> Any:
 
 
 def _to_torch(output: object) -> Tensor:
-    return torch.from_dlpack(output.as_tensor())  # type: ignore[attr-defined]  # DALI has no types
+    """N x 3 x S x S in torch's channels_last order, which is DALI's own: nothing is moved."""
+    return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)  # type: ignore[attr-defined]  # DALI has no types
+
+
+def _inputs(
+    params: ViewParams, *, colour: Literal["exact", "fast"] | None
+) -> dict[str, NDArray[Any]]:
+    """What the graph may take for a view, by name."""
+    start, end = _roi(params)
+    inputs: dict[str, NDArray[Any]] = {
+        "start": start,
+        "end": end,
+        "brightness": params.brightness,
+        "contrast": params.contrast,
+        "saturation": params.saturation,
+        "hue": np.trunc(params.hue * 255) / np.float32(255),  # torchvision's steps on Pillow images
+        "gray": params.gray,
+        "sigma": params.sigma,
+    }
+    if colour == "fast":
+        inputs["matrix"], inputs["pivot"] = affine_colour(params)
+    return inputs
 
 
 def _roi(params: ViewParams) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

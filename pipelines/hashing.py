@@ -15,20 +15,24 @@ Word = ArrayLike
 """An integer, or an integer array that broadcasts against the others."""
 
 
-def hash_words(*words: Word) -> NDArray[np.uint64]:
+def hash_words(*words: Word, after: NDArray[np.uint64] | None = None) -> NDArray[np.uint64]:
     """One 64-bit hash for each element of the broadcast of `words`; word order matters.
 
     Each word is absorbed through splitmix64's finaliser (Steele, Lea, Flood 2014, figure 12).
+
+    Args:
+        after: the hash of words that many hashes share and that come before these ones:
+            `hash_words(b, after=hash_words(a))` is `hash_words(a, b)`.
     """
-    state: NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
+    state = np.zeros(1, dtype=np.uint64) if after is None else after
     for word in words:
         state = _mix((state ^ _as_uint64(word)) + _GOLDEN)
     return state
 
 
-def uniform(*words: Word) -> NDArray[np.float64]:
+def uniform(*words: Word, after: NDArray[np.uint64] | None = None) -> NDArray[np.float64]:
     """Uniform in [0, 1), a multiple of 2^-53, for each element of the broadcast of `words`."""
-    return (hash_words(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (hash_words(*words, after=after) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

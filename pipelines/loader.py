@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.quarantine import BadSample
 from pipelines.stats import LoaderStats
 
 
@@ -16,19 +17,37 @@ class Batch:
     """One rank's part of a global batch, in position order."""
 
     view_q: Tensor
-    """N x 3 x S x S float32, normalised, on the loader's device: the query views."""
+    """N x 3 x S x S on the loader's device, channels_last in memory: the query views. Floats are
+    normalised, uint8 is not: `normalised` does that."""
     view_k: Tensor
     """Same shape: the key views, of the same samples in the same order."""
     sample_ids: NDArray[np.int64]
-    """N dense ordinals: first ordinal of the shard + position in it."""
+    """N dense ordinals: first ordinal of the shard + position in it; of several shard sets, those
+    of number n, counted from 0, begin at n x 2^40."""
     positions: NDArray[np.int64]
     """N global positions since the start of the run; they seed the views and the shuffle."""
-    num_replaced: int
-    """How many of the N were bad and replaced by a substitute."""
+    replaced: tuple[BadSample, ...] = ()
+    """What was to stand in the batch and was bad; a substitute stands in its place."""
+
+    @property
+    def num_replaced(self) -> int:
+        return len(self.replaced)
 
 
 class Loader(Protocol):
     """Yields this rank's part of one global batch after another, epoch after epoch, without end."""
+
+    @property
+    def num_ids(self) -> int:
+        """Sample ids are below it, as long as the shard set does not grow."""
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs taken since the start of the run."""
+
+    @property
+    def step_in_epoch(self) -> int:
+        """Batches taken of this epoch."""
 
     @property
     def steps_per_epoch(self) -> int:

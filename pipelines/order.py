@@ -45,8 +45,8 @@ class Order:
         self._lane_length = total // lanes
         if self._lane_length == 0:
             raise OrderError(
-                f"the shard set has {total} samples, fewer than the {lanes} that one step takes "
-                "(data.global_batch_size x data.lanes_per_slot); "
+                f"the shard set has {total} samples, fewer than its {lanes} lanes: those that one "
+                "step takes (data.global_batch_size x data.lanes_per_slot, or its share of them); "
                 "lower data.global_batch_size or pack more images"
             )
         self.epoch_length = self._lane_length * lanes
@@ -105,7 +105,7 @@ class Order:
     def _block_at(
         self, epoch: int, shard: NDArray[np.int64], offset: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The block that lies `offset` samples after its shard's beginning, and the offset in it."""
+        """The block `offset` samples after its shard's beginning, and the offset in it."""
         number, rest = np.empty_like(offset), np.empty_like(offset)
         one_of_each, which = np.unique(shard, return_inverse=True)
         most = -(-int(self._samples[one_of_each].max()) // self.block)
@@ -117,7 +117,9 @@ class Order:
             row = which[mine] - first
             # One search for all rows: each is put behind the one before it.
             apart = np.arange(len(part)) * (int(self._samples[part].max()) + 1)
-            at = np.searchsorted((ends + apart[:, None]).ravel(), offset[mine] + apart[row], "right")
+            at = np.searchsorted(
+                (ends + apart[:, None]).ravel(), offset[mine] + apart[row], "right"
+            )
             number[mine] = blocks.ravel()[at]
             column = at - row * most
             before = np.where(column > 0, ends[row, column - 1], 0)

@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -12,13 +11,14 @@ from numpy.typing import NDArray
 
 from pipelines.errors import BadDataError
 from pipelines.hashing import hash_words
+from pipelines.headers import HEADER_BYTES, look
 
 logger = logging.getLogger(__name__)
 
 ALLOWED_BAD = 16
 """Bad samples that any budget allows: a rate says nothing before there are some hundred samples."""
 _SUBSTITUTES = 5  # what the hash is for; see order.py and views.py for the others
-_TRANSPOSED = frozenset((5, 6, 7, 8))  # EXIF orientations that swap width and height
+_FIRST_TRANSPOSED = 5  # EXIF orientations from here on swap width and height
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,54 +74,72 @@ class Quarantine:
 
 
 def candidates(
-    position: int, member: int, *, num_samples: int, block: int, seed: int
-) -> Iterator[int]:
-    """Substitutes for a shard's sample `member`, best first: its block's others, then next blocks'.
+    position: int,
+    shard: int,
+    member: int,
+    *,
+    shard_samples: NDArray[np.int64],
+    block: int,
+    seed: int,
+) -> Iterator[tuple[int, int]]:
+    """Substitutes for a sample, as shard and position in it, best first.
 
-    A function of the position alone, so that every world size takes the same one.
+    The others of its block, which is in memory; then those of one block of each following shard, or
+    of the following blocks of an only shard. A function of the position alone, so that every world
+    size takes the same one.
     """
-    num_blocks = -(-num_samples // block)
-    for distance in range(num_blocks):
-        first = (member // block + distance) % num_blocks * block
-        others = np.arange(first, min(first + block, num_samples))
-        others = others[others != member]
+    number = member // block
+    num_shards = len(shard_samples)
+    distances = max(num_shards, -(-int(shard_samples[shard]) // block) if num_shards == 1 else 1)
+    for distance in range(distances):
+        here = (shard + distance) % num_shards
+        samples = int(shard_samples[here])
+        if not samples:
+            continue
+        first = (number + distance) % -(-samples // block) * block
+        others = np.arange(first, min(first + block, samples))
+        if not distance:
+            others = others[others != member]
         if len(others):
-            keys = hash_words(seed, _SUBSTITUTES, position, others)
-            yield from others[np.argsort(keys, kind="stable")].tolist()
+            keys = hash_words(seed, _SUBSTITUTES, position, distance, others)
+            for one in others[np.argsort(keys, kind="stable")].tolist():
+                yield here, one
 
 
-def damage(data: NDArray[np.uint8], *, width: int, height: int, orientation: int) -> str | None:
+def damage(
+    data: NDArray[np.uint8], width: int, height: int, orientation: int, *, max_pixels: int
+) -> str | None:
     """What is wrong with an encoded image, by a look of microseconds; None if it looks sound.
 
     A crop is drawn for the index's width and height, so an image of another size is bad: DALI
-    would not fail on it but smear its edge.
+    would not fail on it but smear its edge. And a header that promises more pixels than the index
+    never reaches a decoder.
+
+    Args:
+        width, height: of the upright image, by the index.
+        orientation: EXIF, 1 to 8.
     """
-    stored = (height, width) if orientation in _TRANSPOSED else (width, height)
-    head = data[:24].tobytes()
-    if head[:2] == b"\xff\xd8":
-        if data[-2:].tobytes() != b"\xff\xd9" and data.tobytes().rfind(b"\xff\xd9") < 0:
+    if width * height > max_pixels:
+        return f"{width} x {height} pixels, more than data.max_pixels {max_pixels:,}"
+    if orientation >= _FIRST_TRANSPOSED:
+        width, height = height, width
+    if len(data) > 1 and data[0] == 0xFF and data[1] == 0xD8:
+        if (data[-1] != 0xD9 or data[-2] != 0xFF) and data.tobytes().rfind(b"\xff\xd9") < 0:
             return "JPEG without an end"
-        found = _jpeg_size(data)
-        if found is None:
+        try:
+            found_height, found_width, *_ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
             return "JPEG with a damaged header"
-    elif head[:8] == b"\x89PNG\r\n\x1a\n":
+    elif data[:8].tobytes() == b"\x89PNG\r\n\x1a\n":
         if b"IEND" not in data[-4096:].tobytes():
             return "PNG without an end"
-        found = (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
-    elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        if len(data) < 8 + int.from_bytes(head[4:8], "little"):
-            return "WebP without an end"
-        found = stored
+        found_width = int.from_bytes(data[16:20].tobytes(), "big")
+        found_height = int.from_bytes(data[20:24].tobytes(), "big")
     else:
-        found = stored  # rare formats: the decoder decides
-    if found != stored:
-        return f"is {found[0]} x {found[1]} pixels, but the index says {stored[0]} x {stored[1]}"
+        size = look(data[:HEADER_BYTES].tobytes(), size=len(data))
+        if isinstance(size, str):
+            return size
+        found_width, found_height = size
+    if (found_width, found_height) != (width, height):
+        return f"is {found_width} x {found_height} pixels, but the index says {width} x {height}"
     return None
-
-
-def _jpeg_size(data: Any) -> tuple[int, int] | None:
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    return width, height

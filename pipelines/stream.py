@@ -1,30 +1,33 @@
 """Blocks through the store: bounded, checked, on time; encoded samples in the order asked for."""
 
-import dataclasses
 import logging
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from pipelines.ahead import Ahead
+from pipelines.blocks import Block, BlockReader, Bytes, Source
 from pipelines.errors import BadDataError, StalledError
-from pipelines.quarantine import BadSample, Quarantine, candidates, damage
-from shards import ShardIndex, ShardSet
+from pipelines.quarantine import BadSample, Quarantine, candidates
+from pipelines.stats import StageStats, StreamStats
 from shards.errors import StoreError
+
+__all__ = ["EncodedBatch", "Need", "Source", "Stream"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-Bytes = NDArray[np.uint8]
-_READ_THREADS = 8
+_READ_THREADS = 16
+_PLANNED_AHEAD, _PLANNED_AT_MOST = 8, 32
+"""Batches whose blocks are on their way before the first of them is needed; and, as long as fewer
+reads than threads are under way, how many there may be."""
+_INDEXES_REMEMBERED = 10_000
 _CLOSE_S = 10.0
 _WAKE_S = 0.2  # how soon a waiting stage notices that it was closed
 _TAR_HEADER_BYTES = 512
@@ -38,6 +41,8 @@ class Need:
     """Global positions since the start of the run."""
     lanes: NDArray[np.int64]
     """A lane takes a block's samples one after another and holds the block until it leaves it."""
+    sources: NDArray[np.int64]
+    """Numbers of the stream's sources."""
     shards: NDArray[np.int64]
     members: NDArray[np.int64]
     """Position in the shard."""
@@ -55,8 +60,7 @@ class EncodedBatch:
     """N x 2: width and height of the upright image, in pixels."""
     orientations: NDArray[np.uint8]
     """N EXIF orientations, 1 to 8."""
-    num_replaced: int
-    """How many of the N are substitutes."""
+    sources: NDArray[np.int64]
     shards: NDArray[np.int64]
     members: NDArray[np.int64]
     """Position in the shard of what was asked for, which a substitute is not."""
@@ -65,6 +69,11 @@ class EncodedBatch:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def num_replaced(self) -> int:
+        """How many of the N are substitutes."""
+        return int(np.count_nonzero(self.tries))
 
     def only(self, place: int) -> "EncodedBatch":
         """A batch of one of the samples."""
@@ -75,7 +84,7 @@ class EncodedBatch:
             positions=self.positions[here],
             sizes=self.sizes[here],
             orientations=self.orientations[here],
-            num_replaced=int(np.count_nonzero(self.tries[here])),
+            sources=self.sources[here],
             shards=self.shards[here],
             members=self.members[here],
             tries=self.tries[here],
@@ -86,52 +95,54 @@ class Stream:
     """The batches that `needs` asks for, read ahead by threads.
 
     A block, `block` consecutive samples of a shard, is one range request. It is read when a lane
-    enters it and dropped when the last lane has left it. When another block would exceed
-    `buffer_bytes`, its samples are read one by one instead: that costs requests, never order.
-    The bound counts blocks that lanes are in or will be in for the batches read ahead; a block
-    dropped lives on until the batches made of it are used up.
+    enters it and dropped when the last lane has left it. Where the blocks of all lanes exceed
+    `buffer_bytes`, those that do not fit are read a sample at a time: that costs requests, never
+    order. Bytes count from the moment they are asked for until the last batch that is made of them
+    is gone.
     """
 
     def __init__(
         self,
-        shard_set: ShardSet,
+        sources: Mapping[int, Source],
         needs: Iterator[Need],
         *,
         block: int,
         seed: int,
         prefetch_batches: int,
         buffer_bytes: int,
+        max_pixels: int,
         wait_timeout_s: float,
         quarantine: Quarantine,
         on_bad: Literal["replace", "drop"],
     ) -> None:
         """Args:
+        sources: may get more entries while the stream runs, each before a need that names it.
         seed: of the substitutes.
+        max_pixels: larger images are bad.
         on_bad: put another sample of the block in a bad one's place, or leave the place out.
         """
-        self._set = shard_set
+        self._sources = sources
         self._needs = needs
         self._block = block
         self._seed = seed
-        self._prefetch = max(1, prefetch_batches)
         self._buffer_bytes = buffer_bytes
+        self._room_for_blocks: int | None = None
+        self._sample_bytes = 0.0
         self._timeout_s = wait_timeout_s
         self._quarantine = quarantine
         self._on_bad = on_bad
-        self._lane_block: dict[int, _Key] = {}
-        self._holders: Counter[_Key] = Counter()
-        self._live: dict[_Key, _Reading] = {}
-        self._held_bytes = 0
-        self._last_shards: set[int] = set()
-        self._told_of_bound = False
-        self._running: set[Future[Any]] = set()
-        self._waiting_for = "nothing"
-        self._lock = threading.Lock()
-        self._read_bytes = 0
-        self._read_requests = 0
+        self._reader = BlockReader(sources, max_pixels=max_pixels, buffer_bytes=buffer_bytes)
+        self._lane_key = np.zeros(0, dtype=np.int64)
+        self._holders: Counter[int] = Counter()
+        self._live: dict[int, _Reading | None] = {}
+        self._known_bad: dict[tuple[int, int, int], str] = {}
+        self._used_bytes = self._used_samples = self._single_reads = self._index_reads = 0
+        self._waited_s = 0.0
+        self._indexed: set[tuple[int, int]] = set()
+        self._running: dict[Future[Any], tuple[str, float]] = {}
         self._closed = False
         self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="block-read")
-        self._ahead = Ahead(self._batches(), size=self._prefetch, name="stream")
+        self._ahead = Ahead(self._batches(), size=max(1, prefetch_batches), name="stream")
 
     def __iter__(self) -> Iterator[EncodedBatch]:
         return self
@@ -147,29 +158,45 @@ class Stream:
         try:
             return self._ahead.get(timeout_s=self._timeout_s)
         except TimeoutError:
-            raise StalledError(
-                f"no batch from {self._set.url} for {self._timeout_s:g} s: {self.describe()}"
-            ) from None
+            raise StalledError(f"no batch for {self._timeout_s:g} s: {self.describe()}") from None
 
     def describe(self) -> str:
         """The state of the stages, for the message of a stall."""
+        reads = sorted(self._running.values(), key=lambda one: one[1])
+        oldest = "none"
+        if reads:
+            where, began = reads[0]
+            oldest = f"the oldest for {time.perf_counter() - began:.1f} s: {where}"
         return (
-            f"{self._ahead.num_ready} batches ready, {len(self._live)} blocks "
-            f"({self._held_bytes / 2**20:.1f} MiB) held, {self._read_requests} requests answered, "
-            f"waiting for {self._waiting_for}"
+            f"{self._ahead.num_ready} batches ready, {len(self._live)} blocks live, "
+            f"{self._reader.held_bytes / 2**20:.1f} MiB held, {self._reader.read_requests} reads "
+            f"answered, {len(reads)} under way ({oldest})"
         )
 
-    @property
-    def read_bytes(self) -> int:
-        return self._read_bytes
+    def stats(self) -> StreamStats:
+        stores = {id(one.shard_set.tars): one.shard_set.tars for one in self._sources.values()}
+        said = [store.stats() for store in stores.values()]
+        return StreamStats(
+            read_bytes=self._reader.read_bytes,
+            used_bytes=self._used_bytes,
+            read_requests=self._reader.read_requests,
+            used_samples=self._used_samples,
+            single_reads=self._single_reads,
+            index_reads=self._index_reads,
+            retries=sum(one.retries for one in said),
+            resumes=sum(one.resumes for one in said),
+            held_bytes=self._reader.held_bytes,
+            peak_held_bytes=self._reader.peak_held_bytes,
+            live_blocks=len(self._live),
+        )
+
+    def stage_stats(self) -> StageStats:
+        return self._ahead.stats(wait_for_input_s=self._waited_s)
 
     @property
-    def read_requests(self) -> int:
-        return self._read_requests
-
-    @property
-    def held_bytes(self) -> int:
-        return self._held_bytes
+    def taker_waited_s(self) -> float:
+        """Seconds that whoever takes the batches has waited for them."""
+        return self._ahead.taker_waited_s
 
     def repair(self, batch: EncodedBatch, faults: Mapping[int, str]) -> EncodedBatch:
         """The batch again, without the samples that turned out bad when they were decoded.
@@ -178,10 +205,10 @@ class Stream:
             batch: as this stream gave it, or as this method did.
             faults: reason by place in the batch.
         """
-        found = _Samples.of(batch)
+        making = _Making.of(batch)
         for place, reason in faults.items():
-            self._replace(found, place, reason, near=None)
-        return found.batch()
+            self._replace(making, place, reason, near=None)
+        return making.batch()
 
     def close(self) -> None:
         """Stop the threads and let the blocks go; harmless twice."""
@@ -190,7 +217,7 @@ class Stream:
         joined = self._ahead.close(timeout_s=_CLOSE_S)
         _, late = wait(list(self._running), timeout=_CLOSE_S)
         if late or not joined:
-            logger.warning("%s: %d reads did not end in time", self._set.url, len(late))
+            logger.warning("%d reads did not end in time: %s", len(late), self.describe())
         else:
             self._pool.shutdown(wait=True)
         self._live.clear()
@@ -200,215 +227,265 @@ class Stream:
     def _batches(self) -> Generator[EncodedBatch, None, None]:
         planned: deque[_Planned] = deque()
         for need in self._needs:
-            planned.append(self._plan(need))
-            if len(planned) > self._prefetch:
-                yield self._assemble(planned.popleft())
             if self._closed:
                 return
-        while planned:
+            # One number for source, shard and number of the block in it.
+            keys = need.sources << 48 | need.shards << 24 | need.members // self._block
+            changes = self._changes(need, keys)
+            if self._room_for_blocks is None:
+                self._load_indexes(need, changes)
+                self._room_for_blocks = self._divide_room(need)
+            if len(changes):
+                self._load_indexes(need, changes)
+            while planned and (len(planned) == _PLANNED_AHEAD or not self._has_room(keys, changes)):
+                yield self._assemble(planned.popleft())
+            planned.append(self._plan(need, keys, changes))
+        while planned and not self._closed:
             yield self._assemble(planned.popleft())
+        self._live.clear()
 
-    def _plan(self, need: Need) -> "_Planned":
+    def _is_far_enough(self, planned: int) -> bool:
+        enough = _PLANNED_AHEAD if len(self._running) >= _READ_THREADS else _PLANNED_AT_MOST
+        return planned >= enough
+
+    def _changes(self, need: Need, keys: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Places at which a lane is in another block than before."""
+        most = int(need.lanes.max()) + 1
+        if most > len(self._lane_key):
+            more = np.full(most - len(self._lane_key), -1, dtype=np.int64)
+            self._lane_key = np.concatenate([self._lane_key, more])
+        return np.flatnonzero(self._lane_key[need.lanes] != keys)
+
+    def _has_room(self, keys: NDArray[np.int64], changes: NDArray[np.intp]) -> bool:
+        """Whether what this batch still needs fits beside what is there."""
+        if self._room_for_blocks != self._buffer_bytes:  # most samples come one by one
+            incoming = int(len(keys) * self._sample_bytes)
+        else:
+            new = set(keys[changes].tolist()) - self._live.keys()
+            incoming = sum(map(self._block_size, new))
+        return self._reader.held_bytes + incoming <= self._buffer_bytes
+
+    def _plan(self, need: Need, keys: NDArray[np.int64], changes: NDArray[np.intp]) -> "_Planned":
         """Start the reads of one batch; say which blocks may go after it."""
-        self._load_indexes(need.shards)
-        readings: list[_Reading] = []
-        left: list[_Key] = []
-        entries = zip(need.lanes.tolist(), need.shards.tolist(), need.members.tolist(), strict=True)
-        for lane, shard, member in entries:
-            key = (shard, member // self._block)
-            before = self._lane_block.get(lane)
-            if key != before:
-                if before is not None:
-                    left.append(before)
-                self._lane_block[lane] = key
-                self._holders[key] += 1
-                self._admit(key)
-            readings.append(self._live.get(key) or self._read(shard, member, member + 1))
+        left: list[int] = []
+        for place in changes.tolist():
+            lane, key = int(need.lanes[place]), int(keys[place])
+            before = int(self._lane_key[lane])
+            if before == key:  # its lane came here twice in this batch
+                continue
+            if before >= 0:
+                left.append(before)
+            self._holders[key] += 1
+            self._lane_key[lane] = key
+            if key not in self._live:
+                self._live[key] = self._admit(key)
+        live = self._live
+        readings = [live[key] or self._read_one(need, n) for n, key in enumerate(keys.tolist())]
         return _Planned(need=need, readings=readings, left=left)
 
-    def _admit(self, key: "_Key") -> None:
-        """Start to read a block, if it is not live already and the bound has room for it."""
-        if key in self._live:
-            return
-        shard, number = key
-        first = number * self._block
-        stop = min(first + self._block, int(self._set.samples[shard]))
-        size = _span(self._set.index(shard), first, stop)[1]
-        if self._held_bytes + size <= self._buffer_bytes:
-            self._held_bytes += size
-            self._live[key] = self._read(shard, first, stop)
-        elif not self._told_of_bound:
-            self._told_of_bound = True
+    def _divide_room(self, need: Need) -> int:
+        """How many bytes the lanes' blocks may take; says so if they are not to have room."""
+        sets = [self._sources[int(n)].shard_set for n in np.unique(need.sources)]
+        sample_bytes = sum(s.total_bytes for s in sets) / max(1, sum(s.num_samples for s in sets))
+        self._sample_bytes = sample_bytes
+        lanes = len(np.unique(need.lanes))
+        wanted = lanes * sample_bytes * (self._block + _PLANNED_AHEAD)
+        if wanted <= self._buffer_bytes:
+            return self._buffer_bytes
+        # Samples that are read one by one need room, too.
+        room = max(0, int(self._buffer_bytes - _PLANNED_AHEAD * len(need.lanes) * sample_bytes))
+        alone = max(0.0, 1 - room / (lanes * sample_bytes * self._block))
+        if alone:
             logger.warning(
-                "the blocks that are needed at once exceed data.buffer_bytes %d: some samples are "
-                "read one by one, a request each; raise data.buffer_bytes or lower "
-                "data.block_samples",
-                self._buffer_bytes,
-            )
+                "the blocks that are needed at once (%d lanes x %d samples, some %.0f MiB) exceed "
+                "data.buffer_bytes %d: about %.0f %% of the samples are read one by one, a request "
+                "each; raise data.buffer_bytes or lower data.block_samples",
+                lanes, self._block, wanted / 2**20, self._buffer_bytes, 100 * alone,
+            )  # fmt: skip
+        return room
 
-    def _release(self, left: list["_Key"]) -> None:
+    def _block_size(self, key: int) -> int:
+        return self._reader.span(*self._samples_of(key))[1]
+
+    def _samples_of(self, key: int) -> tuple[int, int, int, int]:
+        """Source, shard, first sample and last + 1 of a block."""
+        source, shard, first = key >> 48, key >> 24 & 0xFFFFFF, (key & 0xFFFFFF) * self._block
+        samples = int(self._sources[source].shard_set.samples[shard])
+        return source, shard, first, min(first + self._block, samples)
+
+    def _admit(self, key: int) -> "_Reading | None":
+        """Start to read a block; None if there is no room for it."""
+        assert self._room_for_blocks is not None
+        if self._reader.held_bytes + self._block_size(key) > self._room_for_blocks:
+            return None
+        return self._read(*self._samples_of(key))
+
+    def _read_one(self, need: Need, place: int) -> "_Reading":
+        self._single_reads += 1
+        member = int(need.members[place])
+        return self._read(int(need.sources[place]), int(need.shards[place]), member, member + 1)
+
+    def _release(self, left: list[int]) -> None:
         for key in left:
             self._holders[key] -= 1
             if self._holders[key] == 0:
                 del self._holders[key]
-                gone = self._live.pop(key, None)
-                if gone is not None:
-                    self._held_bytes -= gone.size
+                self._live.pop(key, None)
 
-    def _load_indexes(self, shards: NDArray[np.int64]) -> None:
+    def _load_indexes(self, need: Need, changes: NDArray[np.intp]) -> None:
         """Bring a batch's indexes in side by side: one by one they would cost a round trip each."""
-        wanted = set(np.unique(shards).tolist())
-        pending = [self._submit(self._set.index, one) for one in wanted - self._last_shards]
-        self._last_shards = wanted
+        wanted = set(
+            zip(need.sources[changes].tolist(), need.shards[changes].tolist(), strict=True)
+        )
+        pending = []
+        for source, shard in wanted - self._indexed:
+            self._index_reads += 1
+            shard_set = self._sources[source].shard_set
+            pending.append(self._submit(f"an index of {shard_set.url}", shard_set.index, shard))
+        self._indexed |= wanted
+        if len(self._indexed) > _INDEXES_REMEMBERED:
+            self._indexed = wanted
         for one in pending:
-            self._wait_for(one, f"an index of {self._set.url}")
+            self._wait_for(one)
 
-    def _read(self, shard: int, first: int, stop: int) -> "_Reading":
-        start, size = _span(self._set.index(shard), first, stop)
-        future = self._submit(self._fetch, shard, start, start + size)
-        return _Reading(shard=shard, start=start, size=size, future=future)
+    def _read(self, source: int, shard: int, first: int, stop: int) -> "_Reading":
+        size = self._reader.span(source, shard, first, stop)[1]
+        self._reader.hold(size)
+        where = self._reader.uri(source, shard)
+        future = self._submit(where, self._reader.read, source, shard, first, stop)
 
-    def _submit(self, read: Callable[..., T], *where: int) -> "Future[T]":
-        future = self._pool.submit(read, *where)
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
+        def let_go_if_not_read(done: "Future[Block]") -> None:
+            if done.cancelled() or done.exception() is not None:
+                self._reader.let_go(size)
+
+        future.add_done_callback(let_go_if_not_read)
+        return _Reading(future=future)
+
+    def _submit(self, where: str, read: Callable[..., T], *arguments: int) -> "Future[T]":
+        future = self._pool.submit(read, *arguments)
+        self._running[future] = (where, time.perf_counter())
+        future.add_done_callback(lambda done: self._running.pop(done, None))
         return future
-
-    def _fetch(self, shard: int, start: int, end: int) -> Bytes:
-        (found,) = self._set.tars.read_ranges(self._set.names[shard], [start], [end])
-        with self._lock:
-            self._read_bytes += end - start
-            self._read_requests += 1
-        return np.frombuffer(found, dtype=np.uint8)
 
     def _assemble(self, planned: "_Planned") -> EncodedBatch:
         need = planned.need
         self._quarantine.seen(len(need.positions))
-        found = _Samples.wanted(need)
-        for place, reading in enumerate(planned.readings):
-            self._wait_for(reading.future, self._set.tars.uri(self._set.names[reading.shard]))
-            member = int(need.members[place])
-            fault = self._take(found, place, member, near=reading)
-            if fault is not None:
-                self._replace(found, place, fault, near=reading)
-        self._waiting_for = "nothing"
+        data, facts, bad = [], [], []
+        for place, (reading, member) in enumerate(
+            zip(planned.readings, need.members.tolist(), strict=True)
+        ):
+            block = reading.block
+            if block is None:
+                block = reading.block = self._wait_for(reading.future)
+            at = member - block.first
+            data.append(block.data[at])
+            facts.append(block.facts[at])
+            if block.faults and member in block.faults:
+                bad.append((place, block))
+        making = _Making(need=need, data=data, facts=facts, tries=np.zeros(len(data), np.int64))
+        for place, block in bad:
+            self._replace(making, place, block.faults[int(need.members[place])], near=block)
         self._release(planned.left)
-        return found.batch()
+        batch = making.batch()
+        self._used_samples += len(batch)
+        self._used_bytes += sum(map(len, batch.data))
+        return batch
 
-    def _take(
-        self, found: "_Samples", place: int, member: int, *, near: "_Reading | None"
-    ) -> str | None:
-        """Put a sample in its place, and say what is wrong with it."""
-        shard = int(found.shards[place])
-        index = self._set.index(shard)
-        offset, length = int(index.offset[member]), int(index.length[member])
-        data = near.cut(offset, length) if near is not None else None
-        if data is None:
-            data = self._fetch(shard, offset, offset + length)
-        checksum = int(index.checksum[member])
-        if xxhash.xxh3_64_intdigest(data.data) != checksum:
-            data = self._fetch(shard, offset, offset + length)  # once more: it may pass
-        if xxhash.xxh3_64_intdigest(data.data) != checksum:
-            return "its bytes are not those of the index (checksum)"
-        width, height = int(index.width[member]), int(index.height[member])
-        orientation = int(index.orientation[member])
-        found.data[place] = data
-        found.sample_ids[place] = self._set.first_ordinal[shard] + index.position[member]
-        found.sizes[place] = width, height
-        found.orientations[place] = orientation
-        return damage(data, width=width, height=height, orientation=orientation)
-
-    def _replace(
-        self, found: "_Samples", place: int, reason: str, *, near: "_Reading | None"
-    ) -> None:
+    def _replace(self, making: "_Making", place: int, reason: str, *, near: Block | None) -> None:
         """Write a bad sample down, and fill its place with the next substitute that is sound."""
-        shard, member = int(found.shards[place]), int(found.members[place])
-        position = int(found.positions[place])
-        first_time = found.tries[place] == 0
-        if first_time:
-            self._quarantine.add(self._bad_sample(shard, member, position, reason))
+        need = making.need
+        source, shard, member, position = (
+            int(column[place])
+            for column in (need.sources, need.shards, need.members, need.positions)
+        )
+        shard_set = self._sources[source].shard_set
+        if not making.tries[place]:
+            self._quarantine.add(self._bad_sample(source, shard, member, position, reason))
         if self._on_bad == "drop":
-            found.data[place] = None
+            making.data[place] = None
             return
         order = candidates(
             position,
+            shard,
             member,
-            num_samples=int(self._set.samples[shard]),
+            shard_samples=shard_set.samples,
             block=self._block,
             seed=self._seed,
         )
-        for number, substitute in enumerate(order):
-            if number < found.tries[place]:
+        for number, (other_shard, other) in enumerate(order):
+            if number < making.tries[place]:
                 continue
-            found.tries[place] = number + 1
-            if self._take(found, place, substitute, near=near) is None:
+            making.tries[place] = number + 1
+            if (source, other_shard, other) in self._known_bad:
+                continue
+            block = near if other_shard == shard else None
+            if block is None or not 0 <= other - block.first < len(block.data):
+                self._reader.hold(self._reader.span(source, other_shard, other, other + 1)[1])
+                block = self._reader.read(source, other_shard, other, other + 1)
+            for bad, fault in block.faults.items():
+                self._known_bad[source, other_shard, bad] = fault
+            if other not in block.faults:
+                at = other - block.first
+                making.data[place], making.facts[place] = block.data[at], block.facts[at]
                 return
         raise BadDataError(
-            f"{self._set.tars.uri(self._set.names[shard])}: no sound sample left to take the "
-            f"place of sample {member} ({reason}); run 'moco-scale verify' on the shard set"
+            f"{self._reader.uri(source, shard)}: no sound sample is left to take the place of "
+            f"sample {member} ({reason}); run 'moco-scale verify' on the shard set"
         )
 
-    def _bad_sample(self, shard: int, member: int, position: int, reason: str) -> BadSample:
+    def _bad_sample(
+        self, source: int, shard: int, member: int, position: int, reason: str
+    ) -> BadSample:
+        one = self._sources[source]
+        index = one.shard_set.index(shard)
+        ordinal = int(one.shard_set.first_ordinal[shard] + index.position[member])
         return BadSample(
-            shard=self._set.tars.uri(self._set.names[shard]),
-            key=self._sample_key(shard, member),
-            sample_id=int(self._set.first_ordinal[shard] + self._set.index(shard).position[member]),
+            shard=self._reader.uri(source, shard),
+            key=self._sample_key(source, shard, int(index.offset[member])),
+            sample_id=one.first_id + ordinal,
             position=position,
             reason=reason,
         )
 
-    def _sample_key(self, shard: int, member: int) -> str | None:
+    def _sample_key(self, source: int, shard: int, offset: int) -> str | None:
         """The member's name before its first dot, from the tar header in front of its data."""
-        offset = int(self._set.index(shard).offset[member])
         try:
-            header = self._fetch(shard, offset - _TAR_HEADER_BYTES, offset).tobytes()
-            name = header[:100].split(b"\0")[0].decode("ascii")
+            header = self._reader.fetch(source, shard, offset - _TAR_HEADER_BYTES, offset)
+            name = header[:100].tobytes().split(b"\0")[0].decode("ascii")
         except (StoreError, UnicodeDecodeError):
             return None  # it is only for people, and what is wrong is reported already
         return name.rpartition("/")[2].partition(".")[0] or None
 
-    def _wait_for(self, future: "Future[Any]", what: str) -> None:
-        """Until a read is done, the deadline has passed, or the stream is closed.
+    def _wait_for(self, future: "Future[T]") -> T:
+        """What a read gives; until it is done, the deadline has passed, or the stream is closed.
 
         Raises:
             StalledError, StoreError
         """
-        self._waiting_for = what
-        deadline = time.perf_counter() + self._timeout_s
+        began = time.perf_counter()
+        where = self._running.get(future, ("a block", began))[0]
         while not future.done() and not self._closed:
             wait([future], timeout=min(_WAKE_S, self._timeout_s))
-            if time.perf_counter() > deadline and not future.done():
+            if time.perf_counter() > began + self._timeout_s and not future.done():
                 raise StalledError(
-                    f"{what} gave nothing for {self._timeout_s:g} s: {self.describe()}"
+                    f"{where} gave nothing for {self._timeout_s:g} s: {self.describe()}"
                 )
+        self._waited_s += time.perf_counter() - began
         if self._closed:
             raise _Closed  # for nobody to see: it ends the thread
-        future.result()
+        return future.result()
 
 
 class _Closed(Exception):
     """The stream was closed while it waited."""
 
 
-_Key = tuple[int, int]
-"""Shard, and number of a block in it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(slots=True)
 class _Reading:
-    """Bytes [start, start + size) of a shard, on their way or here."""
+    """A block, or one sample of one, on its way or here."""
 
-    shard: int
-    start: int
-    size: int
-    future: "Future[Bytes]"
-
-    def cut(self, offset: int, length: int) -> Bytes | None:
-        """A view of some of the bytes; None if they are not all here."""
-        begin = offset - self.start
-        if begin < 0 or begin + length > self.size:
-            return None
-        return self.future.result()[begin : begin + length]
+    future: "Future[Block]"
+    block: Block | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -416,62 +493,56 @@ class _Planned:
     """A batch whose reads are under way."""
 
     need: Need
-    readings: list[_Reading]
-    left: list[_Key]
+    readings: Sequence[_Reading]
+    left: list[int]
     """Blocks that a lane has left once this batch is made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Samples:
+class _Making:
     """A batch in the making."""
 
-    data: list[Bytes | None]
+    need: Need
+    data: "list[Bytes | None]"
     """None: the place is left out."""
-    sample_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    sizes: NDArray[np.int32]
-    orientations: NDArray[np.uint8]
-    shards: NDArray[np.int64]
-    members: NDArray[np.int64]
+    facts: list[tuple[int, int, int, int]]
+    """See `Block`."""
     tries: NDArray[np.int64]
 
     @classmethod
-    def wanted(cls, need: Need) -> "_Samples":
-        count = len(need.positions)
+    def of(cls, batch: EncodedBatch) -> "_Making":
+        columns = (batch.sample_ids, *batch.sizes.T, batch.orientations)
         return cls(
-            data=[None] * count,
-            sample_ids=np.zeros(count, dtype=np.int64),
-            positions=need.positions,
-            sizes=np.zeros((count, 2), dtype=np.int32),
-            orientations=np.zeros(count, dtype=np.uint8),
-            shards=need.shards,
-            members=need.members,
-            tries=np.zeros(count, dtype=np.int64),
+            need=Need(
+                positions=batch.positions,
+                lanes=np.zeros(len(batch), dtype=np.int64),  # it has its blocks
+                sources=batch.sources,
+                shards=batch.shards,
+                members=batch.members,
+            ),
+            data=list(batch.data),
+            facts=list(zip(*(column.tolist() for column in columns), strict=True)),
+            tries=batch.tries.copy(),
         )
-
-    @classmethod
-    def of(cls, batch: EncodedBatch) -> "_Samples":
-        names = [field.name for field in dataclasses.fields(cls)]
-        copied = {name: getattr(batch, name).copy() for name in names if name != "data"}
-        return cls(data=list(batch.data), **copied)
 
     def batch(self) -> EncodedBatch:
-        kept = [place for place, data in enumerate(self.data) if data is not None]
-        tries = self.tries[kept]
+        data = [one for one in self.data if one is not None]
+        facts = np.array(self.facts, dtype=np.int64).reshape(-1, 4)
+        need, tries = self.need, self.tries
+        columns = [need.positions, need.sources, need.shards, need.members]
+        if len(data) < len(self.data):
+            kept = [place for place, one in enumerate(self.data) if one is not None]
+            facts, tries = facts[kept], tries[kept]
+            columns = [column[kept] for column in columns]
+        positions, sources, shards, members = columns
         return EncodedBatch(
-            data=tuple(data for data in self.data if data is not None),
-            sample_ids=self.sample_ids[kept],
-            positions=self.positions[kept],
-            sizes=self.sizes[kept],
-            orientations=self.orientations[kept],
-            num_replaced=int(np.count_nonzero(tries)),
-            shards=self.shards[kept],
-            members=self.members[kept],
+            data=tuple(data),
+            sample_ids=facts[:, 0],
+            positions=positions,
+            sizes=facts[:, 1:3].astype(np.int32),
+            orientations=facts[:, 3].astype(np.uint8),
+            sources=sources,
+            shards=shards,
+            members=members,
             tries=tries,
         )
-
-
-def _span(index: ShardIndex, first: int, stop: int) -> tuple[int, int]:
-    """First byte, and number of bytes, from sample `first` to the end of sample `stop` - 1."""
-    start = int(index.offset[first])
-    return start, int(index.offset[stop - 1]) + int(index.length[stop - 1]) - start

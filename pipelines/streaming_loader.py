@@ -1,12 +1,11 @@
 """Order, stream and views joined into a loader; and a way to see every sample once."""
 
-import importlib.util
 import logging
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,100 +14,153 @@ from torch import Tensor
 
 from pipelines.ahead import Ahead
 from pipelines.config import DataConfig
-from pipelines.errors import StalledError, StateError
+from pipelines.errors import OrderError, StalledError, StateError
 from pipelines.loader import Batch, Loader
-from pipelines.order import ALGORITHM, Order, rank_positions
+from pipelines.mixture import Mixture, Place
+from pipelines.order import ALGORITHM, rank_positions
 from pipelines.quarantine import BadSample, Quarantine
-from pipelines.stats import LoaderStats
-from pipelines.stream import EncodedBatch, Need, Stream
-from pipelines.view_maker import ViewMaker, Views
-from pipelines.views import Draw, ViewParams, evaluation_views, pair_of_views
+from pipelines.stats import LoaderStats, StageStats, StreamStats
+from pipelines.stream import EncodedBatch, Need, Source, Stream
+from pipelines.synthetic import HeadspaceLoader, SyntheticLoader
+from pipelines.view_maker import ViewMaker, Views, open_view_maker
+from pipelines.views import ViewParams, evaluation_views, pair_of_views
 from shards import ShardSet
-from shards.errors import FormatError
+from shards.errors import StoreError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 _CLOSE_S = 10.0
+_STORE_PART = 0.7
+"""Of the longest wait for a batch: the store gives up before, and says what was wrong."""
 _EVALUATION_TIMEOUT_S = 120.0
 _EVALUATION_BUFFER_BYTES = 1 << 29
+_EVALUATION_MAX_PIXELS = DataConfig().max_pixels
 
 
 def open_loader(
-    config: DataConfig, *, seed: int, rank: int, world_size: int, device_index: int | None
+    config: DataConfig,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    device_index: int | None,
+    agree: Callable[[T], T] | None = None,
 ) -> Loader:
     """Two views of each sample of a shard set, in an order that the seed alone decides.
 
     Args:
         seed: of the order, the views and the substitutes.
         device_index: the GPU that decodes and holds the views; None for the CPU.
+        agree: gives every rank what rank 0 passes to it; all ranks call it at the same steps.
+            Without it a world of several ranks stays with the versions of the shard sets that it
+            began with, and must have begun with the same.
 
     Raises:
-        FormatError: there is no shard set at `config.shards`.
+        FormatError: there is no shard set at an address of `config.shards`.
         OrderError: too few samples, or a world that cannot share the global batch.
     """
     start, stop = rank_positions(
         0, global_batch_size=config.global_batch_size, rank=rank, world_size=world_size
     )
-    shard_set = ShardSet.open(config.shards)
-    order = Order(
-        shard_set.samples,
+    if config.mode == "synthetic":
+        return SyntheticLoader(
+            config, seed=seed, rank=rank, world_size=world_size, device_index=device_index
+        )
+    if not config.shards:
+        raise OrderError("no shard set: data.shards is empty")
+    if agree is None and world_size == 1:
+        agree = _same
+    shard_sets = _open_alike(config.shards, agree, deadline_s=_STORE_PART * config.wait_timeout_s)
+    mixture = Mixture(
+        shard_sets,
+        weights=config.weights,
         seed=seed,
         lanes=config.lanes_per_slot * config.global_batch_size,
         block=config.block_samples,
+        follow=agree is not None,
     )
-    maker = _view_maker(
+    maker = open_view_maker(
         pair_of_views(config, seed=seed),
         loader=config.loader,
         batch_size=stop - start,
         num_views=2,
         view_size=config.view_size,
-        colour=True,
+        colour=config.colour,
+        view_dtype=config.view_dtype,
         num_threads=config.num_threads or _threads_of_a_rank(world_size, device_index),
         device_index=device_index,
     )
-    return StreamingLoader(
-        shard_set, order, maker, config=config, seed=seed, rank=rank, world_size=world_size
+    loader = StreamingLoader(
+        mixture, maker, config=config, seed=seed, rank=rank, world_size=world_size, agree=agree
     )
+    return HeadspaceLoader(loader) if config.mode == "headspace" else loader
+
+
+def _same(value: T) -> T:
+    return value
+
+
+def _open_alike(
+    urls: tuple[str, ...], agree: Callable[[Any], Any] | None, *, deadline_s: float
+) -> list[ShardSet]:
+    """The shard sets, at the versions that rank 0 found."""
+    found = [ShardSet.open(url, deadline_s=deadline_s) for url in urls]
+    if agree is None:
+        return found
+    versions = agree([one.version for one in found])
+    return [
+        one if one.version == version else one.at(version)
+        for one, version in zip(found, versions, strict=True)
+    ]
 
 
 class StreamingLoader:
-    """A `Loader` over a shard set. Reading starts at the first batch asked for."""
+    """A `Loader` over shard sets. Reading starts at the first batch asked for."""
 
     def __init__(
         self,
-        shard_set: ShardSet,
-        order: Order,
+        mixture: Mixture,
         maker: ViewMaker,
         *,
         config: DataConfig,
         seed: int,
         rank: int,
         world_size: int,
+        agree: Callable[[Any], Any] | None,
     ) -> None:
-        self._set = shard_set
-        self._order = order
+        self._mixture = mixture
         self._maker = maker
         self._config = config
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
+        self._agree = agree
         self._quarantine = Quarantine(max_bad_frac=config.max_bad_frac)
-        self._epoch = 0
-        self._consumed = 0
-        self._position = 0
+        self._place = mixture.start()
         self._samples = 0
         self._replaced = 0
-        self._read_wait_s = 0.0
-        self._making_s = 0.0
         self._batch_wait_s = 0.0
         self._stream: Stream | None = None
         self._ahead: Ahead[tuple[EncodedBatch, Views]] | None = None
         self._closed = False
 
     @property
+    def num_ids(self) -> int:
+        return self._mixture.num_ids
+
+    @property
+    def epoch(self) -> int:
+        return self._place.epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        return (self._place.position - self._place.epoch_began) // self._config.global_batch_size
+
+    @property
     def steps_per_epoch(self) -> int:
-        return self._order.epoch_length // self._config.global_batch_size
+        return self._place.epoch_length // self._config.global_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -124,10 +176,13 @@ class StreamingLoader:
         if self._closed:
             raise StopIteration
         began = time.perf_counter()
+        self._decide_versions()
         if self._stream is None or self._ahead is None:
             self._stream = self._open_stream()
             self._ahead = Ahead(
-                self._make(self._stream), size=max(1, self._config.prefetch_batches), name="views"
+                self._maker.make(self._stream, self._stream.repair),
+                size=max(1, self._config.prefetch_batches),
+                name="views",
             )
         try:
             encoded, (view_q, view_k) = self._ahead.get(timeout_s=self._config.wait_timeout_s)
@@ -139,26 +194,37 @@ class StreamingLoader:
         self._batch_wait_s += time.perf_counter() - began
         self._samples += len(encoded)
         self._replaced += encoded.num_replaced
-        self._advance()
+        epochs_of_sets = [one.epoch for one in self._place.sets]
+        self._place = self._mixture.after(self._place, self._config.global_batch_size)
+        if [one.epoch for one in self._place.sets] != epochs_of_sets:
+            self._mixture.forget_before(self._place)
         return Batch(
             view_q=view_q,
             view_k=view_k,
             sample_ids=encoded.sample_ids,
             positions=encoded.positions,
-            num_replaced=encoded.num_replaced,
+            replaced=self._replaced_in(encoded),
         )
 
+    def _replaced_in(self, encoded: EncodedBatch) -> tuple[BadSample, ...]:
+        if not encoded.num_replaced:
+            return ()
+        here = set(encoded.positions.tolist())
+        return tuple(one for one in self._quarantine.records() if one.position in here)
+
     def state_dict(self) -> dict[str, Any]:
+        place = self._place
         return {
             **self._identity(),
-            "epoch": self._epoch,
-            "consumed": self._consumed,
-            "position": self._position,
+            "position": place.position,
+            "epoch": place.epoch,
+            "epoch_began": place.epoch_began,
+            "epoch_length": place.epoch_length,
+            "sets": self._mixture.state_dict(place),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert self._stream is None, "a position is loaded before the first batch"
-        self._go_back_to(state.get("version"))
         for name, ours in self._identity().items():
             if state.get(name) != ours:
                 raise StateError(
@@ -166,37 +232,33 @@ class StreamingLoader:
                     f"{_ADVICE[name]}"
                 )
         size = self._config.global_batch_size
-        if state["consumed"] % size:
+        if state["position"] % size:
             raise StateError(
-                f"the saved position is {state['consumed']} samples into its epoch, not a multiple "
-                f"of data.global_batch_size {size}; choose one that divides it"
+                f"the saved position is after {state['position']} samples, not a multiple of "
+                f"data.global_batch_size {size}; choose one that divides it"
             )
-        self._epoch = state["epoch"]
-        self._consumed = state["consumed"]
-        self._position = state["position"]
-
-    def _go_back_to(self, version: object) -> None:
-        """Open the version of the shard set that a run began with: it never changes."""
-        if version == self._set.version or not isinstance(version, int):
-            return
-        try:
-            self._set = ShardSet.open(self._set.url, version=version)
-        except FormatError:
-            return  # the comparison that follows says what is wrong
-        self._order = Order(
-            self._set.samples, seed=self._seed, lanes=self._order.lanes, block=self._order.block
+        self._place = Place(
+            position=state["position"],
+            epoch=state["epoch"],
+            epoch_began=state["epoch_began"],
+            epoch_length=state["epoch_length"],
+            sets=self._mixture.load_state_dict(state["sets"]),
         )
 
     def stats(self) -> LoaderStats:
         return LoaderStats(
             samples=self._samples,
             replaced=self._replaced,
-            read_bytes=self._stream.read_bytes if self._stream else 0,
-            read_requests=self._stream.read_requests if self._stream else 0,
-            read_wait_s=self._read_wait_s,
-            decode_s=max(0.0, self._making_s - self._read_wait_s),
             batch_wait_s=self._batch_wait_s,
+            stages=self._stages(),
+            stream=self._stream.stats() if self._stream is not None else StreamStats.none(),
         )
+
+    def _stages(self) -> tuple[StageStats, ...]:
+        if self._stream is None or self._ahead is None:
+            return ()
+        views = self._ahead.stats(wait_for_input_s=self._stream.taker_waited_s)
+        return (self._stream.stage_stats(), views)
 
     def quarantined(self) -> list[BadSample]:
         """The samples that this rank had to replace so far, those read ahead included."""
@@ -213,81 +275,78 @@ class StreamingLoader:
         """What must be the same for a saved position to mean anything; the world is not in it."""
         return {
             "format": STATE_FORMAT,
-            "set_id": self._set.set_id,
-            "version": self._set.version,
             "algorithm": ALGORITHM,
             "seed": self._seed,
-            "lanes": self._order.lanes,
-            "block": self._order.block,
+            "lanes": self._mixture.lanes,
+            "block": self._config.block_samples,
         }
 
-    def _advance(self) -> None:
-        self._consumed += self._config.global_batch_size
-        self._position += self._config.global_batch_size
-        if self._consumed == self._order.epoch_length:
-            self._epoch, self._consumed = self._epoch + 1, 0
+    def _decide_versions(self) -> None:
+        """Some batches before a set's next epoch: take its newest version into it, on all ranks.
+
+        Which step that is follows from the place alone, so every rank comes here at the same one.
+        It is further ahead than anything is read, so that reading does not wait for it.
+        """
+        if self._agree is None:
+            return
+        batches = _DECIDED_AHEAD + 4 * self._config.prefetch_batches
+        within = batches * self._config.global_batch_size
+        newest: dict[int, int] | None = None
+        while due := self._mixture.undecided(self._place, within=within):
+            if newest is None:
+                newest = self._agree(self._newest() if self._rank == 0 else None)
+            self._mixture.decide({(number, epoch): newest[number] for number, epoch in due})
+
+    def _newest(self) -> dict[int, int]:
+        """The newest version of each set; that of now where it cannot be had."""
+        versions = {}
+        for number, known in enumerate(self._mixture.shard_sets):
+            versions[number] = now = self._place.sets[number].version
+            try:
+                found = known.at(None)
+            except StoreError as err:
+                logger.warning(
+                    "the next epoch of %s stays with version %d: %s", known.url, now, err
+                )
+                continue
+            if found.set_id != known.set_id:
+                logger.warning(
+                    "another shard set lies at %s now; the run stays with version %d of its own",
+                    known.url, now,
+                )  # fmt: skip
+            elif found.version > now:
+                logger.info("%s: version %d from an epoch to come on", known.url, found.version)
+                versions[number] = found.version
+        return versions
 
     def _open_stream(self) -> Stream:
         return Stream(
-            self._set,
-            self._needs(self._epoch, self._consumed, self._position),
+            self._mixture.sources,
+            self._needs(self._place),
             block=self._config.block_samples,
             seed=self._seed,
             prefetch_batches=self._config.prefetch_batches,
             buffer_bytes=self._config.buffer_bytes,
+            max_pixels=self._config.max_pixels,
             wait_timeout_s=self._config.wait_timeout_s,
             quarantine=self._quarantine,
             on_bad="replace",
         )
 
-    def _needs(self, epoch: int, consumed: int, position: int) -> Iterator[Need]:
+    def _needs(self, place: Place) -> Iterator[Need]:
         """This rank's part of every global batch from here on, epoch after epoch."""
+        size = self._config.global_batch_size
+        start, stop = rank_positions(
+            0, global_batch_size=size, rank=self._rank, world_size=self._world_size
+        )
         while True:
-            before = position - consumed  # positions of the epochs before this one
-            for batch in range(consumed // self._config.global_batch_size, self.steps_per_epoch):
-                start, stop = rank_positions(
-                    batch,
-                    global_batch_size=self._config.global_batch_size,
-                    rank=self._rank,
-                    world_size=self._world_size,
-                )
-                shards, members = self._order.samples(epoch, start, stop)
-                places = np.arange(start, stop, dtype=np.int64)
-                yield Need(
-                    positions=before + places,
-                    lanes=places % self._order.lanes,
-                    shards=shards,
-                    members=members,
-                )
-            epoch, consumed = epoch + 1, 0
-            position = before + self._order.epoch_length
-
-    def _make(self, stream: Stream) -> Generator[tuple[EncodedBatch, Views], None, None]:
-        """Views of the stream's batches, with the time that reading and making them took."""
-        with closing(self._maker.make(self._timed(stream), stream.repair)) as made:
-            while True:
-                began = time.perf_counter()
-                item = next(made, None)
-                if item is None:
-                    return
-                self._making_s += time.perf_counter() - began
-                yield item
-
-    def _timed(self, stream: Stream) -> Iterator[EncodedBatch]:
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(stream)
-            except StopIteration:
-                return
-            self._read_wait_s += time.perf_counter() - began
-            yield batch
+            yield self._mixture.need(place, start, stop)
+            place = self._mixture.after(place, size, timeout_s=self._config.wait_timeout_s)
 
 
+_DECIDED_AHEAD = 40  # more than the stream plans
 _ADVICE = {
     "format": "it was saved by another version of this program",
-    "set_id": "the shards have changed; start a new run, or point data.shards at the old set",
-    "version": "the shard set has no such version (any more); start a new run",
     "algorithm": "it was saved by another version of this program",
     "seed": "continue with the seed that the run was started with",
     "lanes": "keep data.lanes_per_slot x data.global_batch_size as it was",
@@ -301,7 +360,7 @@ def iterate_once(
     ordinals: NDArray[np.int64] | None,
     view_size: int,
     batch_size: int,
-    loader: Literal["auto", "dali", "torch"],
+    loader: Literal["auto", "dali", "cpu"],
     num_threads: int,
     device_index: int | None,
 ) -> Generator[tuple[NDArray[np.int64], Tensor], None, None]:
@@ -322,23 +381,25 @@ def iterate_once(
     # A block is one request; where few are wanted, the samples between them are not worth reading.
     block = _EVALUATION_BLOCK if count * 8 >= shard_set.num_samples else 1
     quarantine = Quarantine(max_bad_frac=1.0)
-    maker = _view_maker(
+    maker = open_view_maker(
         _evaluation_draw,
         loader=loader,
         batch_size=batch_size,
         num_views=1,
         view_size=view_size,
-        colour=False,
+        colour=None,
+        view_dtype="float32",
         num_threads=num_threads or _threads_of_a_rank(1, device_index),
         device_index=device_index,
     )
     stream = Stream(
-        shard_set,
+        {0: Source(shard_set=shard_set, first_id=0)},
         _ordinal_needs(shard_set, wanted, batch_size),
         block=block,
         seed=0,
         prefetch_batches=2,
         buffer_bytes=_EVALUATION_BUFFER_BYTES,
+        max_pixels=_EVALUATION_MAX_PIXELS,
         wait_timeout_s=_EVALUATION_TIMEOUT_S,
         quarantine=quarantine,
         on_bad="drop",
@@ -380,6 +441,7 @@ def _ordinal_needs(
             yield Need(
                 positions=np.arange(start, start + len(part), dtype=np.int64),
                 lanes=np.zeros(len(part), dtype=np.int64),  # one lane: it walks through the set
+                sources=np.zeros(len(part), dtype=np.int64),
                 shards=shards[:batch_size],
                 members=part,
             )
@@ -401,41 +463,6 @@ def _live_members(
             continue
         is_wanted = np.isin(shard_set.index(shard).position, ordinals[low:high] - first)
         yield shard, np.flatnonzero(is_wanted)
-
-
-def _view_maker(
-    draw: Draw,
-    *,
-    loader: Literal["auto", "dali", "torch"],
-    batch_size: int,
-    num_views: int,
-    view_size: int,
-    colour: bool,
-    num_threads: int,
-    device_index: int | None,
-) -> ViewMaker:
-    has_dali = importlib.util.find_spec("nvidia") is not None and (
-        importlib.util.find_spec("nvidia.dali") is not None
-    )
-    if loader == "dali" or (loader == "auto" and has_dali):
-        # Deferred: --help and the torch path must work without DALI.
-        from pipelines.dali_loader import DaliViews
-
-        logger.info("views by DALI on %s", "the CPU" if device_index is None else "the GPU")
-        return DaliViews(
-            draw,
-            batch_size=batch_size,
-            num_views=num_views,
-            view_size=view_size,
-            colour=colour,
-            num_threads=num_threads,
-            device_index=device_index,
-        )
-    # Deferred: torchvision takes a second to import, and is not needed beside DALI.
-    from pipelines.torch_loader import TorchViews
-
-    logger.info("views by Pillow and torchvision on the CPU")
-    return TorchViews(draw, view_size=view_size, num_threads=num_threads, device_index=device_index)
 
 
 def _threads_of_a_rank(world_size: int, device_index: int | None) -> int:

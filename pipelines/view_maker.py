@@ -1,17 +1,25 @@
-"""The seam between encoded bytes and views: what decodes and augments, DALI or torch."""
+"""The seam between encoded bytes and views: what decodes and augments, DALI or the CPU path."""
 
+import importlib.util
+import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Protocol, TypeAlias
+from functools import cache
+from typing import Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
+from pipelines.errors import PipelineError
 from pipelines.stream import EncodedBatch
+from pipelines.views import IMAGE_MEAN, IMAGE_STD, Draw
+
+logger = logging.getLogger(__name__)
 
 Views: TypeAlias = tuple[Tensor, ...]
-"""A view each: N x 3 x S x S float32, normalised, contiguous."""
+"""A view each: N x 3 x S x S, channels_last in memory. Floats are normalised, bytes are not."""
 
 Repair: TypeAlias = Callable[[EncodedBatch, Mapping[int, str]], EncodedBatch]
-"""(batch, reason by place) -> the batch without the samples at those places."""
+"""(batch, reason by place) -> the batch with others at those places, or shorter by them."""
 
 
 class ViewMaker(Protocol):
@@ -25,3 +33,89 @@ class ViewMaker(Protocol):
         A batch comes back with the samples that its views show: what could not be decoded was
         given to `repair`. A batch of which nothing is left is left out.
         """
+
+
+def open_view_maker(
+    draw: Draw,
+    *,
+    loader: Literal["auto", "dali", "cpu"],
+    batch_size: int,
+    num_views: int,
+    view_size: int,
+    colour: Literal["exact", "fast"] | None,
+    view_dtype: Literal["float32", "float16", "uint8"],
+    num_threads: int,
+    device_index: int | None,
+) -> ViewMaker:
+    """What makes views of at most `batch_size` samples at a time, as the settings want it.
+
+    Args:
+        draw: the parameters of `num_views` views.
+        loader: auto takes DALI on a GPU; without one the CPU path is several times as fast.
+        colour: None: views differ in their crop and flip alone, neither in colour nor in blur.
+        num_threads: that decode; on the CPU they draw, too.
+        device_index: the GPU that is to hold the views; None for the CPU.
+
+    Raises:
+        PipelineError: DALI is asked for and not installed.
+    """
+    has_dali = importlib.util.find_spec("nvidia") is not None and (
+        importlib.util.find_spec("nvidia.dali") is not None
+    )
+    if loader == "dali" and not has_dali:
+        raise PipelineError(
+            "data.loader dali needs DALI: pip install nvidia-dali-cuda120 (or -cuda130), or take "
+            "data.loader cpu"
+        )
+    if loader == "auto" and device_index is not None and not has_dali:
+        logger.warning(
+            "DALI is not installed, so views are drawn on the CPU and copied to the GPU, which is "
+            "much slower: pip install nvidia-dali-cuda120 (or -cuda130)"
+        )
+    if loader == "dali" or (loader == "auto" and device_index is not None and has_dali):
+        # Deferred: --help and the CPU path must work without DALI.
+        from pipelines.dali_loader import DaliViews
+
+        logger.info("views by DALI on %s", "the CPU" if device_index is None else "the GPU")
+        return DaliViews(
+            draw,
+            batch_size=batch_size,
+            num_views=num_views,
+            view_size=view_size,
+            colour=colour,
+            view_dtype=view_dtype,
+            num_threads=num_threads,
+            device_index=device_index,
+        )
+    # Deferred: OpenCV and Pillow are not needed beside DALI.
+    from pipelines.cpu_loader import CpuViews
+
+    logger.info("views by OpenCV on the CPU")
+    return CpuViews(
+        draw,
+        num_views=num_views,
+        view_size=view_size,
+        colour=colour,
+        view_dtype=view_dtype,
+        num_threads=num_threads,
+        device_index=device_index,
+    )
+
+
+def normalised(view: Tensor) -> Tensor:
+    """A view of any `data.view_dtype` as encoders take it: normalised float32, on its device."""
+    if view.dtype == torch.float16:  # too coarse for weights in float32 without autocast
+        return view.float()
+    if view.dtype != torch.uint8:
+        return view
+    mean, std = _mean_and_std(view.device)
+    return view.float().sub_(mean).div_(std)
+
+
+@cache  # once a device: making a tensor of numbers there would wait for it
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (
+        torch.tensor([255 * value for value in values], device=device)[:, None, None]
+        for values in (IMAGE_MEAN, IMAGE_STD)
+    )
+    return mean, std

@@ -1,4 +1,5 @@
 import itertools
+import time
 import tracemalloc
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_blocks_and_their_samples_are_shuffled() -> None:
 
 
 def test_too_few_samples_are_refused_with_both_numbers() -> None:
-    with pytest.raises(OrderError, match=r"31 samples.*32.*lower data.global_batch_size"):
+    with pytest.raises(OrderError, match=r"31 samples.*32 lanes.*lower data.global_batch_size"):
         Order(np.array([30, 1]), seed=0, lanes=32, block=4)
 
 
@@ -134,3 +135,22 @@ def test_a_billion_samples_cost_memory_by_shards_only() -> None:
     tracemalloc.stop()
 
     assert peak < 32 * 2**20
+
+
+def test_two_hundred_thousand_shards_are_ready_at_once_anywhere() -> None:
+    samples = np.full(200_000, 5_000)
+
+    tracemalloc.start()
+    order = Order(samples, seed=0, lanes=4_096, block=64)
+    order.samples(3, 0, 1)  # the layout of the epoch
+    built = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    times = []
+    for step in range(100_000, 100_100):
+        began = time.process_time()
+        order.samples(3, 4_096 * step, 4_096 * step + 512)
+        times.append(time.process_time() - began)
+
+    assert built < 200 * 2**20
+    assert times[0] < 0.05
+    assert np.median(times[1:]) < 0.005

@@ -11,7 +11,6 @@ def loader(*, rank: int = 0, world_size: int = 1, seed: int = 1) -> SyntheticLoa
         rank=rank,
         world_size=world_size,
         device_index=None,
-        steps_per_epoch=3,
     )
 
 
@@ -20,6 +19,7 @@ def test_views_have_the_shapes_of_real_ones_and_differ() -> None:
 
     assert batch.view_q.shape == batch.view_k.shape == (8, 3, 16, 16)
     assert batch.view_q.dtype == torch.float32
+    assert batch.view_q.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(batch.view_q, batch.view_k)
     assert not torch.equal(batch.view_q[0], batch.view_q[1])
 

@@ -1,18 +1,24 @@
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms import v2
 
 from pipelines.config import DataConfig
 from pipelines.views import (
+    LUMA,
     MIN_SIGMA,
     RECIPES,
     ViewParams,
     ViewRecipe,
+    affine_colour,
     draw_views,
     evaluation_views,
     recipe_of,
 )
+from tests.support.two_samples import ks, ks_critical
 
 MANY = 20_000
 
@@ -25,7 +31,7 @@ def draw(
 
 
 def fields(params: ViewParams) -> list[np.ndarray]:
-    return [params.crop, params.flip, params.matrix, params.pivot, params.sigma]
+    return [getattr(params, field.name) for field in dataclasses.fields(params)]
 
 
 def test_the_recipes_are_the_published_ones() -> None:
@@ -106,20 +112,21 @@ def test_the_two_views_and_two_seeds_and_two_epochs_differ() -> None:
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (64, 64)])
 def test_crops_are_distributed_as_those_of_torchvision(size: tuple[int, int]) -> None:
-    ours = draw(RECIPES["v2"], size=size, count=4000).crop
+    count = 4096
     image = Image.new("RGB", size)
-    theirs = np.array(
-        [
-            [box["left"], box["top"], box["width"], box["height"]]
-            for box in (
-                v2.RandomResizedCrop(8, scale=(0.2, 1.0)).make_params([image]) for _ in range(4000)
-            )
-        ]
-    )
+    torch.manual_seed(5)
+    boxes = [v2.RandomResizedCrop(8, scale=(0.2, 1.0)).make_params([image]) for _ in range(count)]
 
-    for column in range(4):
-        assert ks(ours[:, column], theirs[:, column]) < 0.045  # 0.1 % critical value: 0.0436
-    assert ks(ours[:, 2] / ours[:, 3], theirs[:, 2] / theirs[:, 3]) < 0.045
+    ours = draw(RECIPES["v2"], size=size, count=count).crop
+    theirs = np.array([[box[side] for side in ("left", "top", "width", "height")] for box in boxes])
+
+    for one, other in zip(geometry(ours), geometry(theirs), strict=True):
+        assert ks(one, other) < ks_critical(count)
+
+
+def geometry(crop: np.ndarray) -> list[np.ndarray]:
+    """Corner, sides, area and shape of each crop."""
+    return [*crop.T, crop[:, 2] * crop[:, 3], np.log(crop[:, 2] / crop[:, 3])]
 
 
 def test_crops_lie_within_the_image() -> None:
@@ -142,15 +149,39 @@ def test_where_no_crop_fits_the_middle_is_taken() -> None:
 
 def test_choices_come_as_often_as_the_recipe_says() -> None:
     params = draw(RECIPES["v2"])
-    gray = np.ptp(params.matrix, axis=1).max(axis=1) < 1e-6
-    untouched = (np.abs(params.matrix - np.eye(3)).max(axis=(1, 2)) < 1e-6) & ~gray
+    jittered = params.brightness != 1
 
-    assert gray.mean() == pytest.approx(0.2, abs=0.01)
-    assert untouched.mean() == pytest.approx(0.2 * 0.8, abs=0.01)
+    assert params.gray.mean() == pytest.approx(0.2, abs=0.01)
+    assert jittered.mean() == pytest.approx(0.8, abs=0.01)
+    assert (jittered & params.gray).mean() == pytest.approx(0.16, abs=0.01)
     assert params.flip.mean(axis=0) == pytest.approx([0.5, 0], abs=0.012)
     assert (params.sigma > 0).mean() == pytest.approx(0.5, abs=0.012)
     assert params.sigma[params.sigma > 0].min() >= MIN_SIGMA
     assert params.sigma.max() == pytest.approx(2.0, abs=0.01)
+
+
+def test_factors_are_uniform_within_the_recipe_s_bounds_and_independent() -> None:
+    params = draw(RECIPES["v2"])
+    jittered = params.brightness != 1
+    factors = np.stack([params.brightness, params.contrast, params.saturation, 1 + 4 * params.hue])
+    drawn = factors[:, jittered]
+
+    assert (factors[:, ~jittered] == 1).all()
+    assert factors.dtype == np.float32
+    for values in drawn:
+        assert 0.6 <= values.min() <= 0.602
+        assert 1.398 <= values.max() <= 1.4
+        assert ks(values, np.linspace(0.6, 1.4, len(values))) < ks_critical(len(values))
+    assert np.abs(np.corrcoef(drawn) - np.eye(4)).max() < 0.03
+
+
+def test_recipes_without_hue_or_saturation_leave_them_as_they_are() -> None:
+    params = draw(RECIPES["v2_gray"])
+
+    assert (params.saturation == 1).all()
+    assert (params.hue == 0).all()
+    assert not params.gray.any()
+    assert params.contrast.std() > 0.1
 
 
 def test_flips_of_the_gray_recipe_go_both_ways_independently() -> None:
@@ -161,44 +192,37 @@ def test_flips_of_the_gray_recipe_go_both_ways_independently() -> None:
     assert both == pytest.approx(0.25, abs=0.012)
 
 
-def test_colours_are_one_affine_map_of_brightness_contrast_and_saturation() -> None:
-    recipe = ViewRecipe(jitter_prob=1, brightness=0.4, contrast=0.4, saturation=0.4)
-    params = draw(recipe, count=20)
+def test_fast_colour_is_one_affine_map_of_brightness_contrast_and_saturation() -> None:
+    params = draw(ViewRecipe(jitter_prob=1, brightness=0.4, contrast=0.4, saturation=0.4), count=20)
     colours = np.random.default_rng(1).uniform(0, 255, size=(3, 500))
-    luma = np.array([0.299, 0.587, 0.114])
+    luma = np.array(LUMA)
+    matrices, pivots = affine_colour(params)
 
-    for matrix, pivot in zip(params.matrix, params.pivot, strict=True):
-        # Grey keeps its hue, so what black and white become tells brightness times contrast.
-        bc = (matrix @ np.ones(3))[0]
-        b = (pivot @ np.ones(3))[0] + bc  # (1 - c) b + c b
-        c = bc / b
-        s = (matrix[0, 0] / bc - luma[0]) / (1 - luma[0])
-        bright = b * colours
+    for place in range(20):
+        bright = params.brightness[place] * colours
+        c, s = params.contrast[place], params.saturation[place]
         contrasted = c * bright + (1 - c) * (luma @ bright).mean()
         expected = s * contrasted + (1 - s) * (luma @ contrasted)
 
-        ours = matrix @ colours + (pivot @ colours.mean(axis=1))[:, None]
+        ours = matrices[place] @ colours + (pivots[place] @ colours.mean(axis=1))[:, None]
         assert np.allclose(ours, expected, atol=1e-3)
-        assert 0.6 <= b <= 1.4
-        assert 0.6 <= c <= 1.4
-        assert 0.6 <= s <= 1.4
 
 
-def test_hue_turns_colours_and_keeps_luma_and_grey() -> None:
-    recipe = ViewRecipe(jitter_prob=1, hue=0.4)
-    params = draw(recipe, count=50)
-    luma = np.array([0.299, 0.587, 0.114])
+def test_fast_hue_turns_colours_and_keeps_luma_and_gray() -> None:
+    matrix, _ = affine_colour(draw(ViewRecipe(jitter_prob=1, hue=0.4), count=50))
 
-    assert np.allclose(params.matrix @ np.ones(3), 1, atol=1e-5)
-    assert np.allclose(luma @ params.matrix, luma, atol=1e-5)
-    assert np.abs(params.matrix - np.eye(3)).max() > 0.5
+    assert np.allclose(matrix @ np.ones(3), 1, atol=1e-5)
+    assert np.allclose(np.array(LUMA) @ matrix, LUMA, atol=1e-5)
+    assert np.abs(matrix - np.eye(3)).max() > 0.5
 
 
-def test_a_grayscale_view_has_three_equal_channels() -> None:
-    params = draw(ViewRecipe(jitter_prob=1, brightness=0.4, hue=0.4, gray_prob=1.0), count=50)
+def test_a_fast_gray_view_has_three_equal_channels() -> None:
+    matrix, _ = affine_colour(
+        draw(ViewRecipe(jitter_prob=1, brightness=0.4, hue=0.4, gray_prob=1.0), count=50)
+    )
 
-    assert np.allclose(params.matrix[:, 0], params.matrix[:, 1], atol=1e-6)
-    assert np.allclose(params.matrix[:, 0], params.matrix[:, 2], atol=1e-6)
+    assert np.allclose(matrix[:, 0], matrix[:, 1], atol=1e-6)
+    assert np.allclose(matrix[:, 0], matrix[:, 2], atol=1e-6)
 
 
 def test_the_evaluation_view_is_the_middle_seven_eighths() -> None:
@@ -212,11 +236,22 @@ def test_the_evaluation_view_is_the_middle_seven_eighths() -> None:
     ]
     assert not params.flip.any()
     assert not params.sigma.any()
+    assert not params.hue.any()
+    assert not params.gray.any()
+    assert (params.brightness == 1).all()
 
 
-def ks(one: np.ndarray, other: np.ndarray) -> float:
-    """Two-sample Kolmogorov-Smirnov statistic."""
-    grid = np.unique(np.concatenate([one, other]))
-    ours = np.searchsorted(np.sort(one), grid, side="right") / len(one)
-    theirs = np.searchsorted(np.sort(other), grid, side="right") / len(other)
-    return float(np.abs(ours - theirs).max())
+def test_grey_comes_before_the_jitter_in_v1_and_behind_it_in_v2() -> None:
+    sizes = np.full((MANY, 2), 300, dtype=np.int32)
+    drawn = {
+        name: draw_views(np.arange(MANY), sizes, seed=0, recipe=RECIPES[name], view=0)
+        for name in ("v1", "v2", "cifar")
+    }
+
+    v1, v2 = drawn["v1"], drawn["v2"]
+    assert (v1.saturation[v1.gray] == 1).all()
+    assert (v1.hue[v1.gray] == 0).all()
+    assert (v1.saturation[~v1.gray] != 1).mean() > 0.99
+    assert (v2.saturation[v2.gray] != 1).mean() > 0.7
+    assert (drawn["cifar"].sigma == 0).all()
+    assert np.array_equal(drawn["cifar"].hue, v2.hue)

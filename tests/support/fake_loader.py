@@ -8,7 +8,19 @@ import torch
 
 from moco_scale.distributed import Ranks
 from pipelines.loader import Batch
+from pipelines.quarantine import BadSample
 from pipelines.stats import LoaderStats
+
+
+def bad_sample(position: int) -> BadSample:
+    """One that was bad at this position."""
+    return BadSample(
+        shard="s3://bucket/shards/00000.tar",
+        key="000000001",
+        sample_id=int(position) % 7,
+        position=int(position),
+        reason="its bytes are not those of the index (checksum)",
+    )
 
 
 class FakeLoader:
@@ -33,6 +45,18 @@ class FakeLoader:
         self._dtype = dtype
         self._num_replaced = num_replaced
 
+    @property
+    def num_ids(self) -> int:
+        return self.steps_per_epoch * self._batch
+
+    @property
+    def epoch(self) -> int:
+        return self.taken // self.steps_per_epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.taken % self.steps_per_epoch
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 
@@ -46,7 +70,7 @@ class FakeLoader:
             view_k=self._views(positions, view=1),
             sample_ids=positions * 7 % (self.steps_per_epoch * self._batch),
             positions=positions,
-            num_replaced=self._num_replaced,
+            replaced=tuple(bad_sample(position) for position in positions[: self._num_replaced]),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from shards import PackConfig, ShardSet, pack
 from shards.errors import UnreachableError
+from shards.objects import Allocate, allocated
 
 
 def picture(
@@ -123,11 +124,20 @@ class FaultyStore:
     def uri(self, path: str) -> str:
         return str(self.inner.uri(path))
 
+    def stats(self) -> Any:
+        return self.inner.stats()
+
     def read(self, path: str, *, if_match: str | None = None) -> Any:
         return self.inner.read(path, if_match=if_match)
 
     def read_ranges(
-        self, path: str, starts: Sequence[int], ends: Sequence[int], *, if_match: str | None = None
+        self,
+        path: str,
+        starts: Sequence[int],
+        ends: Sequence[int],
+        *,
+        if_match: str | None = None,
+        allocate: Allocate = allocated,
     ) -> Any:
         assert self.hold.wait(60), "a test forgot to let reads go on"
         (wanted,) = [(path, s, e) for s, e in zip(starts, ends, strict=True)]
@@ -135,7 +145,7 @@ class FaultyStore:
         self.requests.append(wanted)
         if self.refuse_after is not None and len(self.requests) > self.refuse_after:
             raise UnreachableError(f"{self.uri(path)}: no usable answer from the store (test)")
-        found = self.inner.read_ranges(path, starts, ends, if_match=if_match)
+        found = self.inner.read_ranges(path, starts, ends, if_match=if_match, allocate=allocate)
         if self.flip_first_answers and not known:
             return [flip_a_byte(bytes(one)) for one in found]
         return found

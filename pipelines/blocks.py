@@ -1,0 +1,226 @@
+"""A block of a shard: its bytes by one range request, every sample checked as it comes in."""
+
+import mmap
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pipelines.quarantine import damage
+from shards import ShardSet
+from shards.objects import Allocate, allocated
+
+Bytes = NDArray[np.uint8]
+_SMALLEST_SLAB = 2**15
+_AT_ONCE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+_SLABS_PART = 32
+"""What part of the bound slabs may be that wait to be used again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A version of a shard set, and what is added to its sample ids."""
+
+    shard_set: ShardSet
+    first_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Consecutive samples of a shard."""
+
+    first: int
+    """Position in the shard of the first of them."""
+    data: list[Bytes]
+    """Views of one buffer."""
+    facts: list[tuple[int, int, int, int]]
+    """Sample id, width and height of the upright image, EXIF orientation."""
+    faults: dict[int, str]
+    """What is wrong with those that are bad, by position in the shard."""
+
+
+class Slabs:
+    """Memory that is used again: to touch fresh pages costs more than to read into them."""
+
+    def __init__(self, *, most_bytes: int) -> None:
+        """
+        Args:
+            most_bytes: of slabs that wait to be used again.
+        """
+        self._most_bytes = most_bytes
+        self._free: list[NDArray[np.uint8]] = []
+        self._free_bytes = 0
+        self._given_back: deque[NDArray[np.uint8]] = deque()
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """A slab of at least so many bytes, and not many more."""
+        with self._lock:
+            self._collect()
+            fitting = [n for n, slab in enumerate(self._free) if size <= len(slab) <= 2 * size]
+            if fitting:
+                slab = self._free.pop(min(fitting, key=lambda n: len(self._free[n])))
+                self._free_bytes -= len(slab)
+                return slab
+        # A little more, so that the next block, of nearly the same size, fits. And a mapping of its
+        # own: what malloc is given back it keeps, in pieces.
+        size += size // 32
+        try:
+            return np.frombuffer(mmap.mmap(-1, size, flags=_AT_ONCE), dtype=np.uint8)
+        except OSError:  # a process may have so many mappings and no more
+            return np.empty(size, dtype=np.uint8)
+
+    def give_back(self, slab: NDArray[np.uint8]) -> None:
+        """Nobody reads it any more. Called wherever its last reader goes, so it takes no lock."""
+        self._given_back.append(slab)
+
+    def _collect(self) -> None:
+        while self._given_back:
+            slab = self._given_back.popleft()
+            if self._free_bytes + len(slab) <= self._most_bytes:
+                self._free.append(slab)
+                self._free_bytes += len(slab)
+
+
+class BlockReader:
+    """Reads blocks, from any thread, and knows how many bytes of them are still in use."""
+
+    def __init__(
+        self, sources: Mapping[int, Source], *, max_pixels: int, buffer_bytes: int
+    ) -> None:
+        self._sources = sources
+        self._max_pixels = max_pixels
+        self._slabs = Slabs(most_bytes=buffer_bytes // _SLABS_PART)
+        self._freed: deque[int] = deque()
+        self._lock = threading.Lock()
+        self._held_bytes = 0
+        self.read_bytes = 0
+        self.read_requests = 0
+        self.peak_held_bytes = 0
+
+    def uri(self, source: int, shard: int) -> str:
+        """The shard's address, for messages."""
+        shard_set = self._sources[source].shard_set
+        return shard_set.tars.uri(shard_set.names[shard])
+
+    def span(self, source: int, shard: int, first: int, stop: int) -> tuple[int, int]:
+        """First byte, and number of bytes, of samples [first, stop) of a shard."""
+        index = self._sources[source].shard_set.index(shard)
+        start = int(index.offset[first])
+        return start, int(index.offset[stop - 1]) + int(index.length[stop - 1]) - start
+
+    def hold(self, size: int) -> None:
+        """Count bytes before they are read."""
+        with self._lock:
+            self._held_bytes += size
+            self.peak_held_bytes = max(self.peak_held_bytes, self.held_bytes)
+
+    def let_go(self, size: int) -> None:
+        """Count bytes that will not be read after all."""
+        self._freed.append(size)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes on their way, here, or still used by a batch, whoever has it by now."""
+        # A buffer is freed wherever its last user is, perhaps inside a lock: so not under ours.
+        while self._freed:
+            self._held_bytes -= self._freed.popleft()
+        return self._held_bytes
+
+    def read(self, source: int, shard: int, first: int, stop: int) -> Block:
+        """Samples [first, stop) of a shard; their bytes must have been counted by `hold`.
+
+        Raises:
+            StoreError: the store failed for good; never a bad sample.
+        """
+        one = self._sources[source]
+        index = one.shard_set.index(shard)
+        start, size = self.span(source, shard, first, stop)
+        slab = self._slabs.take(size) if size >= _SMALLEST_SLAB else np.empty(size, dtype=np.uint8)
+        try:
+            found = self._fetch(source, shard, start, start + size, lambda _: slab.data[:size])
+        except BaseException:
+            self._let_go_of(slab, 0)
+            raise
+        buffer = np.frombuffer(found, dtype=np.uint8)
+        # The views of the samples hold `buffer`, and that holds the slab. (A slice of the slab
+        # itself would not do: numpy lets views of a view hold the first owner alone.)
+        weakref.finalize(buffer, self._let_go_of, slab, size).atexit = False
+        offsets = (index.offset[first:stop] - start).tolist()
+        ends = (index.end[first:stop] - start).tolist()
+        data = [buffer[begin:end] for begin, end in zip(offsets, ends, strict=True)]
+        checksums = index.checksum[first:stop].tolist()
+        hashed = [xxhash.xxh3_64_intdigest(one.data) for one in data]
+        wrong = [
+            n for n, (is_, was) in enumerate(zip(hashed, checksums, strict=True)) if is_ != was
+        ]
+        faults = {}
+        if wrong:
+            wrong = self._read_again(source, shard, first, wrong, data, checksums)
+            is_all = len(wrong) == len(data) > 1
+            faults = dict.fromkeys(
+                (first + n for n in wrong), _OVERWRITTEN if is_all else _CHECKSUM
+            )
+        widths, heights = index.width[first:stop].tolist(), index.height[first:stop].tolist()
+        turned = index.orientation[first:stop].tolist()
+        for n, looked_at in enumerate(zip(data, widths, heights, turned, strict=True)):
+            fault = damage(*looked_at, max_pixels=self._max_pixels)
+            if fault is not None and first + n not in faults:
+                faults[first + n] = fault
+        ids = (
+            index.position[first:stop] + one.shard_set.first_ordinal[shard] + one.first_id
+        ).tolist()
+        facts = list(zip(ids, widths, heights, turned, strict=True))
+        return Block(first=first, data=data, facts=facts, faults=faults)
+
+    def fetch(self, source: int, shard: int, start: int, end: int) -> Bytes:
+        """Bytes [start, end) of a shard's tar."""
+        return np.frombuffer(self._fetch(source, shard, start, end, allocated), dtype=np.uint8)
+
+    def _fetch(self, source: int, shard: int, start: int, end: int, allocate: Allocate) -> Any:
+        shard_set = self._sources[source].shard_set
+        (found,) = shard_set.tars.read_ranges(
+            shard_set.names[shard], [start], [end], allocate=allocate
+        )
+        with self._lock:
+            self.read_bytes += end - start
+            self.read_requests += 1
+        return found
+
+    def _let_go_of(self, slab: NDArray[np.uint8], size: int) -> None:
+        self._freed.append(size)
+        if len(slab) >= _SMALLEST_SLAB:
+            self._slabs.give_back(slab)
+
+    def _read_again(
+        self,
+        source: int,
+        shard: int,
+        first: int,
+        wrong: list[int],
+        data: list[Bytes],
+        checksums: list[int],
+    ) -> list[int]:
+        """Once more, because it may pass: puts right what is right now, returns what is not."""
+        start, size = self.span(source, shard, first + wrong[0], first + wrong[-1] + 1)
+        index = self._sources[source].shard_set.index(shard)
+        buffer = self.fetch(source, shard, start, start + size)
+        still = []
+        for n in wrong:
+            begin = int(index.offset[first + n]) - start
+            again = buffer[begin : begin + int(index.length[first + n])]
+            if xxhash.xxh3_64_intdigest(again.data) == checksums[n]:
+                data[n] = again
+            else:
+                still.append(n)
+        return still
+
+
+_CHECKSUM = "its bytes are not those of the index (checksum)"
+_OVERWRITTEN = "no byte around it is what the index says (checksum): the shard was overwritten"

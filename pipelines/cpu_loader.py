@@ -1,0 +1,115 @@
+"""Encoded batches through turbo, Pillow, torch and OpenCV: threads, a sample at a time."""
+
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.cpu_views import decode, draw_view, use_one_thread, write_view
+from pipelines.stream import EncodedBatch
+from pipelines.view_maker import Repair, Views
+from pipelines.views import Draw, affine_colour
+
+
+class CpuViews:
+    """A `ViewMaker` for the CPU: what decodes and draws releases the interpreter's lock."""
+
+    def __init__(
+        self,
+        draw: Draw,
+        *,
+        num_views: int,
+        view_size: int,
+        colour: Literal["exact", "fast"] | None,
+        view_dtype: Literal["float32", "float16", "uint8"],
+        num_threads: int,
+        device_index: int | None,
+    ) -> None:
+        self._draw = draw
+        self._num_views = num_views
+        self._view_size = view_size
+        self._colour = colour
+        self._view_dtype = view_dtype
+        self._num_threads = num_threads
+        self._device = torch.device("cpu" if device_index is None else f"cuda:{device_index}")
+        use_one_thread()
+
+    def make(
+        self, batches: Iterator[EncodedBatch], repair: Repair
+    ) -> Generator[tuple[EncodedBatch, Views], None, None]:
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="views") as pool:
+            for batch in batches:
+                good, views = self._make_one(batch, repair, pool)
+                if len(good):
+                    yield good, views
+
+    def _make_one(
+        self, batch: EncodedBatch, repair: Repair, pool: ThreadPoolExecutor
+    ) -> tuple[EncodedBatch, Views]:
+        """The batch and its views, after as many repairs as it takes."""
+        views = [self._empty(len(batch)) for _ in range(self._num_views)]
+        faults = self._fill(views, batch, range(len(batch)), pool)
+        while faults:
+            repaired = repair(batch, faults)
+            if len(repaired) == len(batch):  # substitutes; all the other views are made already
+                faults = self._fill(views, repaired, faults, pool)
+            else:
+                assert len(repaired) == len(batch) - len(faults), (
+                    "replaced or left out, all of them"
+                )
+                kept = [place for place in range(len(batch)) if place not in faults]
+                views = [view[kept] for view in views]
+                faults = {}
+            batch = repaired
+        return batch, tuple(
+            view.permute(0, 3, 1, 2).to(self._device, non_blocking=True) for view in views
+        )
+
+    def _empty(self, count: int) -> Tensor:
+        """N x S x S x 3, not filled."""
+        shape = (count, self._view_size, self._view_size, 3)
+        if self._device.type == "cuda":  # page-locked, so that copying it waits for nothing
+            return torch.empty(shape, dtype=getattr(torch, self._view_dtype), pin_memory=True)
+        # Not torch.empty: NumPy asks for huge pages, which are there in a fifth of the time.
+        return torch.from_numpy(np.empty(shape, dtype=self._view_dtype))
+
+    def _fill(
+        self,
+        views: list[Tensor],
+        batch: EncodedBatch,
+        places: Iterable[int],
+        pool: ThreadPoolExecutor,
+    ) -> dict[int, str]:
+        """Put the views of the samples at `places` there; the reason of each that is bad."""
+        params = self._draw(batch.positions, batch.sizes)
+        affine = [affine_colour(one) if self._colour == "fast" else None for one in params]
+        out = [view.numpy() for view in views]
+
+        def fill(place: int) -> str | None:
+            width, height = batch.sizes[place].tolist()
+            try:
+                image = decode(
+                    batch.data[place],
+                    size=(width, height),
+                    orientation=int(batch.orientations[place]),
+                )
+            except ValueError as err:
+                return str(err)
+            for one, matrices, written in zip(params, affine, out, strict=True):
+                view = draw_view(
+                    image,
+                    one,
+                    place,
+                    view_size=self._view_size,
+                    colour=self._colour,
+                    affine=matrices,
+                )
+                write_view(view, written[place])
+            return None
+
+        wanted = list(places)
+        found = zip(wanted, pool.map(fill, wanted), strict=True)
+        return {place: reason for place, reason in found if reason is not None}
