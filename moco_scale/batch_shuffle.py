@@ -18,14 +18,17 @@ _SHUFFLE = 0x5B
 
 
 def key_order(
-    *, seed: int, step: int, global_batch_size: int, shuffle_domain: int
+    *, seed: int, step: int, global_batch_size: int, shuffle_domain: int, half: int = 0
 ) -> NDArray[np.int64]:
     """Which sample of the global batch sits in each slot of the key encoder's batch.
 
     Every `shuffle_domain` consecutive samples are permuted among themselves.
+
+    Args:
+        half: of a symmetric loss: 0 or 1.
     """
     slots = np.arange(global_batch_size)
-    drawn = hash_words(seed, _SHUFFLE, step, slots).reshape(-1, shuffle_domain)
+    drawn = hash_words(seed, _SHUFFLE + half, step, slots).reshape(-1, shuffle_domain)
     starts = np.arange(0, global_batch_size, shuffle_domain, dtype=np.int64)[:, None]
     return (np.argsort(drawn, axis=1, kind="stable") + starts).reshape(-1)
 
@@ -49,7 +52,10 @@ def shuffle_rows(
 
 
 def unshuffle_keys(keys: Tensor, order: NDArray[np.int64], *, ranks: Ranks) -> Tensor:
-    """The keys of all ranks in batch order, N x C, from this rank's n x C in the shuffled order."""
+    """The keys of all ranks in batch order, N x C, from this rank's n x C in the shuffled order.
+
+    Gradients flow back to the rank that encoded a key.
+    """
     inverse = np.argsort(order)
     return all_gather_rows(keys, ranks)[_index(inverse, keys.device)]
 

@@ -3,6 +3,10 @@
 checkpoints/step-000000500.pt is what torch.save writes; step-000000500.pt.sha256 beside it, in the
 format of sha256sum, is written after it and vouches for it. A checkpoint without, or with another
 sum, is taken for torn and passed over.
+
+Inside, the weights are where the published code has them: `state_dict`, its names beginning with
+`module.`, and `arch` and `epoch`. So the scripts that people have for linear probes and detection
+read these files as they are.
 """
 
 import dataclasses
@@ -10,7 +14,9 @@ import hashlib
 import io
 import logging
 import pickle
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +29,13 @@ from shards.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
+_PUBLISHED = "module."
+"""Before the names of weights in published checkpoints: DistributedDataParallel's."""
 
 # Settings that shape the tensors; all others may change between a checkpoint and its continuation.
-_SHAPING = ("backbone", "stem", "mlp_head", "dim", "queue_size")
+_SHAPING = ("backbone", "stem", "mlp_head", "dim", "dictionary", "queue_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,32 +55,99 @@ class Checkpoint:
     """States of torch's generators, by device type."""
     config: dict[str, Any]
     """The run's settings as nested dicts."""
+    best: tuple[float, int] | None
+    """Highest online kNN accuracy so far, and the step that had it."""
     versions: dict[str, str]
     """Of the libraries that wrote it."""
     world_size: int
     """Ranks at the time; any allowed number can go on."""
 
 
-def save_checkpoint(store: Store, checkpoint: Checkpoint, *, keep: int) -> str:
-    """Write a checkpoint into a run and return its URL; then delete all but the newest `keep`."""
+def save_checkpoint(
+    store: Store, checkpoint: Checkpoint, *, keep: int, best: int | None = None
+) -> str:
+    """Write a checkpoint into a run and return its URL; then delete all but the newest `keep`.
+
+    Args:
+        best: step of a checkpoint that is kept, too.
+    """
     content = {
         field.name: getattr(checkpoint, field.name)
         for field in dataclasses.fields(checkpoint)
-        if field.name != "url"
+        if field.name not in ("url", "model")
+    }
+    published = {
+        "state_dict": {f"{_PUBLISHED}{name}": one for name, one in checkpoint.model.items()},
+        "arch": checkpoint.config["model"]["backbone"],
+        "epoch": int(checkpoint.loader.get("epoch", 0)),
     }
     written = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, written)
+    torch.save({"format": FORMAT, **content, **published}, written)
     data = written.getvalue()
     path = checkpoint_path(checkpoint.step)
     digest = hashlib.sha256(data).hexdigest()
     store.put(path, data)
     store.put(f"{path}.sha256", f"{digest}  {path.rpartition('/')[2]}\n".encode())
     # Steps after this one belong to a future that was given up.
-    older = [step for step in saved_steps(store) if step < checkpoint.step]
+    older = [step for step in saved_steps(store) if step < checkpoint.step and step != best]
     stale = [checkpoint_path(step) for step in (older[: 1 - keep] if keep > 1 else older)]
     if stale:
         store.delete([name for path in stale for name in (f"{path}.sha256", path)])
     return store.uri(path)
+
+
+class CheckpointWriter:
+    """Saves in a thread of its own; the step waits only while the tensors are copied to the host.
+
+    One checkpoint at a time: the next waits for the one before.
+    """
+
+    def __init__(self, store: Store, *, keep: int) -> None:
+        self._store = store
+        self._keep = keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[str] | None = None
+
+    def save(self, checkpoint: Checkpoint, *, best: int | None = None) -> float:
+        """Begin to save, and return how many seconds the caller was held up.
+
+        Raises:
+            StoreError: the one before could not be written.
+        """
+        began = time.perf_counter()
+        self.wait()
+        copied = dataclasses.replace(
+            checkpoint, model=_copied(checkpoint.model), optimizer=_copied(checkpoint.optimizer)
+        )
+        self._running = self._pool.submit(
+            save_checkpoint, self._store, copied, keep=self._keep, best=best
+        )
+        return time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Until what was begun is written.
+
+        Raises:
+            StoreError: it could not be.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            logger.info("saved %s", running.result())
+
+    def close(self) -> None:
+        """Wait, and end the thread; an error is for `wait` to tell."""
+        self._pool.shutdown(wait=True)
+
+
+def _copied(value: Any) -> Any:
+    """The same nested value, its tensors on the host and the caller's no more."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(one) for one in value]
+    return value
 
 
 def checkpoint_path(step: int) -> str:
@@ -130,6 +205,38 @@ def load_checkpoint(url: str) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {url}") from err
 
 
+def load_weights(url: str) -> tuple[dict[str, Tensor], bool]:
+    """The weights of a checkpoint of this project or of the published code, by published name.
+
+    Returns:
+        The weights, and whether the key encoder is a moving average behind: the published code
+        moves it at the beginning of a step, this one at the end.
+
+    Raises:
+        CheckpointError: there is none, or it has no encoder_q.
+    """
+    folder, _, name = url.rpartition("/")
+    store = open_store(folder or ".")
+    try:
+        content = torch.load(
+            io.BytesIO(bytes(store.read(name))), map_location="cpu", weights_only=True
+        )
+    except NotFoundError as err:
+        raise CheckpointError(f"no checkpoint at {url}") from err
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
+        raise CheckpointError(f"{url} is not a checkpoint that torch.load reads: {err}") from err
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{url} has no state_dict: give a checkpoint of a MoCo training run")
+    model = {name.removeprefix(_PUBLISHED): tensor for name, tensor in weights.items()}
+    if not any(name.startswith("encoder_q.") for name in model):
+        raise CheckpointError(
+            f"{url} has no encoder_q (but {next(iter(model), 'nothing')}, ...): give a checkpoint "
+            "of a MoCo training run"
+        )
+    return model, "format" not in content
+
+
 def check_fits(
     checkpoint: Checkpoint, *, model: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
@@ -144,7 +251,8 @@ def check_fits(
         CheckpointError: naming the first setting or tensor that differs.
     """
     for name in _SHAPING:
-        saved, wanted = checkpoint.config["model"][name], config["model"][name]
+        wanted = config["model"][name]
+        saved = checkpoint.config["model"].get(name, wanted)  # an older version had no such setting
         if saved != wanted:
             raise CheckpointError(
                 f"{checkpoint.url} has model.{name} {saved!r}, this run {wanted!r}; set "
@@ -164,7 +272,7 @@ def check_fits(
 
 
 class _TornError(CheckpointError):
-    """The bytes are not those that were written."""
+    """It cannot be gone on from, but the one before it may."""
 
 
 def _load(store: Store, path: str) -> Checkpoint:
@@ -187,4 +295,11 @@ def _load(store: Store, path: str) -> Checkpoint:
             f"{uri} has checkpoint format {found}, this version reads {FORMAT}; load it with the "
             "version that wrote it"
         )
-    return Checkpoint(url=uri, **content)
+    weights = content.pop("state_dict")
+    del content["arch"], content["epoch"]
+    model = {name.removeprefix(_PUBLISHED): tensor for name, tensor in weights.items()}
+    checkpoint = Checkpoint(url=uri, model=model, **content)
+    for name, tensor in checkpoint.model.items():
+        if not tensor.isfinite().all():
+            raise _TornError(f"{uri} holds numbers that are not finite, in {name}")
+    return checkpoint

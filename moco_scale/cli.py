@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moco_scale import cli_shards
@@ -39,6 +40,7 @@ shards
   takedown SHARD_SET         bury the samples of given objects
   compact SHARD_SET          erase what is buried
   finalize SHARD_SET         stable names for tools that want a brace pattern
+  shuffle SHARD_SET          how well training mixes it, beside other orders
 training
   pretrain --data SHARD_SET --out RUN
                              train an encoder; also under torchrun:
@@ -63,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "takedown": cli_shards.run_takedown,
         "compact": cli_shards.run_compact,
         "finalize": cli_shards.run_finalize,
+        "shuffle": _shuffle,
         "pretrain": _pretrain,
         "evaluate": _evaluate,
         "report": _report,
@@ -102,10 +105,34 @@ class _OneLine(logging.Formatter):
         return shown(super().formatMessage(record))
 
 
+def _shuffle(arguments: list[str]) -> int:
+    from moco_scale.cli_shuffle import run_shuffle  # loads torch, with all of pipelines
+
+    return run_shuffle(arguments)
+
+
 def _pretrain(arguments: list[str]) -> int:
     from moco_scale.pretrain import pretrain  # loads torch and, on use, DALI
 
-    return pretrain(arguments, show=_print_step, say=_say)
+    if not console.is_terminal:
+        return pretrain(arguments, show=_print_step, say=_say)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn(),
+        console=console,
+    )  # fmt: skip
+    task = bar.add_task("waiting for the first steps", total=None)
+
+    def show(metrics: "StepMetrics") -> None:
+        _print_step(metrics)
+        bar.update(
+            task,
+            total=metrics.last_step,
+            completed=metrics.step,
+            description=f"step {metrics.step:,} of {metrics.last_step:,}",
+        )
+
+    with bar:
+        return pretrain(arguments, show=show, say=_say)
 
 
 def _print_step(metrics: "StepMetrics") -> None:
@@ -115,6 +142,10 @@ def _print_step(metrics: "StepMetrics") -> None:
         f"lookup {100 * metrics.lookup_accuracy:4.1f} %  {metrics.samples_per_s:6.1f} img/s  "
         f"wait {100 * metrics.data_wait_frac:3.0f} %"
     )
+    if metrics.knn_accuracy is not None:
+        console.print(f"step {metrics.step:>6,}  online kNN {100 * metrics.knn_accuracy:.1f} %")
+    if metrics.skipped_steps:
+        console.print(f"step {metrics.step:>6,}  {metrics.skipped_steps} steps were not finite")
 
 
 def _say(line: str) -> None:

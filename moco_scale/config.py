@@ -41,16 +41,28 @@ class TrainConfig:
             ConfigError: naming the settings that do not fit together.
         """
         data, model = self.data, self.model
-        if not data.shards:
+        if not any(data.shards) and data.mode != "synthetic":
             raise ConfigError("no shard set: give --data URL (the SHARD_SET of 'moco-scale pack')")
         if not self.run.url:
             raise ConfigError(
                 "no place for the run: give --out URL, where checkpoints and metrics go"
             )
-        if model.queue_size < data.global_batch_size:
+        keys = data.global_batch_size * (2 if model.symmetric else 1)
+        if model.dictionary == "queue" and model.queue_size < keys:
+            twice = "twice " if model.symmetric else ""
             raise ConfigError(
-                f"model.queue_size {model.queue_size} is below data.global_batch_size "
+                f"model.queue_size {model.queue_size} is below {twice}data.global_batch_size "
                 f"{data.global_batch_size}, the keys of one step; raise the one or lower the other"
+            )
+        if model.dictionary == "memory_bank" and len(data.shards) > 1:
+            raise ConfigError(
+                "model.dictionary memory_bank has a row for each image of one shard set, and "
+                f"data.shards has {len(data.shards)}; use model.dictionary queue"
+            )
+        if model.dictionary == "end_to_end" and self.optim.accumulation > 1:
+            raise ConfigError(
+                "model.dictionary end_to_end needs all keys of a step at once; "
+                "set optim.accumulation to 1, or use model.dictionary queue"
             )
         if data.global_batch_size % model.shuffle_domain:
             raise ConfigError(
@@ -62,6 +74,7 @@ class TrainConfig:
             world_size,
             global_batch_size=data.global_batch_size,
             bn_sub_batch=model.bn_sub_batch,
+            accumulation=self.optim.accumulation,
         )
 
 

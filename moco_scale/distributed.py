@@ -104,13 +104,17 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def allowed_worlds(*, global_batch_size: int, bn_sub_batch: int) -> list[int]:
-    """World sizes at which every rank holds whole BN groups, ascending."""
+def allowed_worlds(
+    *, global_batch_size: int, bn_sub_batch: int, accumulation: int = 1
+) -> list[int]:
+    """World sizes at which every part of every rank's batch holds whole BN groups, ascending."""
     groups = global_batch_size // bn_sub_batch
-    return [world for world in range(1, groups + 1) if groups % world == 0]
+    return [world for world in range(1, groups + 1) if groups % (world * accumulation) == 0]
 
 
-def check_world(world_size: int, *, global_batch_size: int, bn_sub_batch: int) -> None:
+def check_world(
+    world_size: int, *, global_batch_size: int, bn_sub_batch: int, accumulation: int = 1
+) -> None:
     """Refuse a world that would cut a BN group in two.
 
     Raises:
@@ -121,40 +125,73 @@ def check_world(world_size: int, *, global_batch_size: int, bn_sub_batch: int) -
             f"data.global_batch_size {global_batch_size} is not a multiple of "
             f"model.bn_sub_batch {bn_sub_batch}; change one of them"
         )
-    allowed = allowed_worlds(global_batch_size=global_batch_size, bn_sub_batch=bn_sub_batch)
-    if world_size not in allowed:
-        groups = global_batch_size // bn_sub_batch
+    allowed = allowed_worlds(
+        global_batch_size=global_batch_size, bn_sub_batch=bn_sub_batch, accumulation=accumulation
+    )
+    groups = global_batch_size // bn_sub_batch
+    shared = (
+        f"the {groups} BN groups of a step (data.global_batch_size {global_batch_size} / "
+        f"model.bn_sub_batch {bn_sub_batch})"
+    )
+    if not allowed:
         raise ConfigError(
-            f"{world_size} processes cannot share the {groups} BN groups of a step "
-            f"(data.global_batch_size {global_batch_size} / model.bn_sub_batch {bn_sub_batch}); "
+            f"optim.accumulation {accumulation} does not divide {shared}; lower one of them"
+        )
+    if world_size not in allowed:
+        in_parts = f" in {accumulation} parts each (optim.accumulation)" if accumulation > 1 else ""
+        raise ConfigError(
+            f"{world_size} processes cannot share {shared}{in_parts}; "
             f"start {', '.join(map(str, allowed))}"
         )
 
 
-def all_reduce_flat(tensors: Sequence[Tensor], ranks: Ranks) -> None:
+def all_reduce_flat(tensors: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """Replace each tensor by its mean over ranks, all in one all-reduce, in the order given.
 
     One buffer in a fixed order sums in the same order every time, so a resumed run has the same
     bits; DDP's buckets, rebuilt after the first backward, do not promise that.
+
+    Returns:
+        A tensor of one bool: whether all of it is finite, on all ranks alike.
     """
     if ranks.world_size == 1:
-        return
+        # Of the norms the largest is finite if every number is: one number a tensor to look at.
+        return torch.stack(torch._foreach_norm(list(tensors), float("inf"))).isfinite().all()
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     flat /= ranks.world_size
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view(tensor.shape))
+    return flat.abs().amax().isfinite()
 
 
 def all_gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
-    """The rows of all ranks in rank order: n x ... from each gives (n * world_size) x ..."""
+    """The rows of all ranks in rank order: n x ... from each gives (n * world_size) x ...
+
+    Gradients of all ranks flow back to the rank whose row it was, added.
+    """
     if ranks.world_size == 1:
         return rows
-    rows = rows.contiguous()
-    gathered = rows.new_empty((ranks.world_size * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows)
+    gathered: Tensor = _AllGather.apply(rows.contiguous(), ranks)
     return gathered
+
+
+class _AllGather(torch.autograd.Function):
+    """See `all_gather_rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        gathered = rows.new_empty((ranks.world_size * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].contiguous()
+        dist.all_reduce(summed)
+        return summed.tensor_split(ctx.ranks.world_size)[ctx.ranks.rank], None
 
 
 def exchange_rows(

@@ -1,69 +1,131 @@
-"""Encoders: torchvision's ResNets with MoCo's head, under the published names of their weights."""
+"""Encoders: any image classifier of torchvision or timm, its last layer replaced by MoCo's head.
 
-from collections.abc import Callable
-from functools import partial
+The names of weights are the library's own, which for ResNets are the published ones.
+"""
+
+import difflib
+import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from moco_scale.group_norm import GroupBatchNorm2d
+from moco_scale.errors import ConfigError
+from moco_scale.group_norm import group_batch_norm
 
 if TYPE_CHECKING:  # model.py builds encoders; here its settings are only named
     from moco_scale.model import ModelConfig
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": torchvision.models.resnet18,
-    "resnet34": torchvision.models.resnet34,
-    "resnet50": torchvision.models.resnet50,
-    "resnet101": torchvision.models.resnet101,
-    "resnext50_32x4d": torchvision.models.resnext50_32x4d,
-    "wide_resnet50_2": torchvision.models.wide_resnet50_2,
-}
+TIMM = "timm/"
+"""Before the names of timm's models; others are torchvision's."""
 
 
 def build_encoder(config: "ModelConfig", *, seed: int) -> nn.Module:
-    """A ResNet from N x 3 x S x S to N x dim, its weights a function of the seed alone.
+    """An encoder from N x 3 x S x S to N x dim, its weights a function of the seed alone.
 
-    The head is `fc`: Linear (MoCo v1), or Linear, ReLU, Linear (v2, arXiv 2003.04297).
+    The head, which is `fc` in a ResNet, is Linear (MoCo v1), or Linear, ReLU, Linear (v2, arXiv
+    2003.04297).
+
+    Raises:
+        ConfigError: the backbone has batch normalisation that cannot be grouped, or no last linear
+            layer to replace; or the small stem is not for it.
     """
-    norm_layer = partial(GroupBatchNorm2d, sub_batch=config.bn_sub_batch)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
-        encoder = BACKBONES[config.backbone](
-            weights=None, num_classes=config.dim, norm_layer=norm_layer
-        )
+        encoder = _plain(config.backbone, num_classes=config.dim)
         if config.stem == "cifar":
-            _replace_stem(encoder)
+            _replace_stem(encoder, config.backbone)
+        group_batch_norm(encoder, sub_batch=config.bn_sub_batch)
+        path = _last_linear(encoder, config)
         if config.mlp_head:
-            last = encoder.get_submodule("fc")
+            last = encoder.get_submodule(path)
             assert isinstance(last, nn.Linear)
             width = last.in_features
-            encoder.add_module("fc", nn.Sequential(nn.Linear(width, width), nn.ReLU(), last))
+            encoder.set_submodule(path, nn.Sequential(nn.Linear(width, width), nn.ReLU(), last))
+    encoder.head_path = path  # type: ignore[assignment]  # torch types attributes as tensors and modules
     return encoder
 
 
+def check_backbone(name: str) -> None:
+    """Refuse a name that neither library has.
+
+    Raises:
+        ConfigError: with the names that are near.
+    """
+    if name.startswith(TIMM):
+        if importlib.util.find_spec("timm") is None:
+            raise ConfigError(
+                f"model.backbone {name!r} needs timm: pip install 'moco-scale[timm]', or choose "
+                "one of torchvision, such as resnet50"
+            )
+        import timm  # deferred: an extra, and slow to import
+
+        bare, known = name.removeprefix(TIMM), timm.list_models()
+    else:
+        bare, known = name, torchvision.models.list_models(module=torchvision.models)
+    if bare not in known:
+        near = difflib.get_close_matches(bare, known, n=3) or known[:3]
+        before = TIMM if name.startswith(TIMM) else ""
+        raise ConfigError(
+            f"model.backbone {name!r} is not known; near it: "
+            f"{', '.join(before + one for one in near)} (torchvision's names; timm's: timm/NAME)"
+        )
+
+
 def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """N x D: what enters the head, in evaluation mode; D is 512 or 2048.
+    """N x D: what enters the head, in evaluation mode; D is 512 or 2048 in ResNets.
 
     Args:
         encoder: from `build_encoder`; left in the mode it was in.
         images: N x 3 x S x S, normalised.
     """
+    entered: list[Tensor] = []
+    head = encoder.get_submodule(str(encoder.head_path))
+    hook = head.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     was_training = encoder.training
     encoder.eval()
-    features = images
-    for name, part in encoder.named_children():  # torchvision's order is the order of its forward
-        if name != "fc":
-            features = part(features)
-    encoder.train(was_training)
-    return features.flatten(1)
+    try:
+        encoder(images)
+    finally:
+        hook.remove()
+        encoder.train(was_training)
+    return entered[0].flatten(1)
 
 
-def _replace_stem(encoder: nn.Module) -> None:
+def _plain(name: str, *, num_classes: int) -> nn.Module:
+    if name.startswith(TIMM):
+        import timm  # deferred: an extra, and slow to import
+
+        found: nn.Module = timm.create_model(name.removeprefix(TIMM), num_classes=num_classes)
+        return found
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return model
+
+
+def _last_linear(encoder: nn.Module, config: "ModelConfig") -> str:
+    layers: list[str] = [
+        name
+        for name, layer in encoder.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == config.dim
+    ]
+    if not layers:
+        raise ConfigError(
+            f"model.backbone {config.backbone!r} has no last linear layer that a head could "
+            "replace; choose another"
+        )
+    return layers[-1]
+
+
+def _replace_stem(encoder: nn.Module, name: str) -> None:
     """Small images keep their resolution: 3x3 convolution of stride 1, no pooling."""
-    conv = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    first = getattr(encoder, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not hasattr(encoder, "maxpool"):
+        raise ConfigError(
+            f"model.stem cifar replaces a ResNet's first layers, which {name!r} has not; "
+            "leave model.stem imagenet"
+        )
+    conv = nn.Conv2d(3, first.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     encoder.add_module("conv1", conv)
     encoder.add_module("maxpool", nn.Identity())

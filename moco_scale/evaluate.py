@@ -1,14 +1,11 @@
 """What an encoder learned: kNN on labelled images, beside pixels and a random encoder."""
 
-import csv
 import dataclasses
 import io
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +20,7 @@ from moco_scale.config import read_run_config
 from moco_scale.encoders import build_encoder, pooled_features
 from moco_scale.errors import EvaluationError
 from moco_scale.group_norm import estimate_bn_statistics
+from moco_scale.knn import join_labels, knn_correct
 from pipelines import iterate_once
 from shards import ShardSet, open_store
 
@@ -104,7 +102,11 @@ def evaluate(run_url: str, config: EvaluateConfig) -> Evaluation:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     store = open_store(run_url)
     checkpoint = load_checkpoint(config.checkpoint) if config.checkpoint else latest(store)
-    shard_set = ShardSet.open(config.on or run.data.shards)
+    if not config.on and len(run.data.shards) != 1:
+        raise EvaluationError(
+            f"the run has {len(run.data.shards)} shard sets; say by --on which one to evaluate on"
+        )
+    shard_set = ShardSet.open(config.on or run.data.shards[0])
     labelled = join_labels(shard_set, config.labels)
     view_size = config.view_size or run.data.view_size
 
@@ -161,90 +163,6 @@ def evaluate(run_url: str, config: EvaluateConfig) -> Evaluation:
     store.put(SAMPLES_FILE, _samples_table(sample_ids, labels, correct, k=config.k[0]))
     store.put(EVALUATION_FILE, json.dumps(dataclasses.asdict(evaluation), indent=1).encode())
     return evaluation
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledSamples:
-    """Which samples of a shard set have which label."""
-
-    sample_ids: NDArray[np.int64]
-    """M ordinals, ascending."""
-    labels: NDArray[np.int64]
-    """M numbers of classes."""
-    classes: tuple[str, ...]
-    num_unlabelled: int
-    num_unused: int
-
-
-def join_labels(shard_set: ShardSet, labels: str) -> LabelledSamples:
-    """Join labels on the samples by uri.
-
-    A CSV's uri is an object's full URI, or its path below the source that was packed.
-
-    Raises:
-        EvaluationError: the labels cannot be read, match no image, or are all the same.
-    """
-    table = shard_set.table(columns=["uri"])
-    uris: list[str] = table.column("uri").to_pylist()
-    ids = table.column("sample_id").to_numpy()
-    if labels == "folder":
-        by_uri = {uri: PurePosixPath(uri).parent.name for uri in uris}
-    else:
-        by_uri = _read_labels(labels)
-    sources = [f"{source.rstrip('/')}/" for source in json.loads(shard_set.metadata["sources"])]
-    found = [_label(uri, by_uri, sources) for uri in uris]
-    matched = np.array([label is not None for label in found], dtype=bool)
-    if not matched.any():
-        raise EvaluationError(
-            f"none of the {len(by_uri)} labels in {labels} names an image of {shard_set.url}: "
-            f"a label's uri is like {next(iter(by_uri), '(none)')!r}, an image's like {uris[0]!r}"
-        )
-    classes = tuple(sorted({label for label in found if label is not None}))
-    if len(classes) < 2:
-        raise EvaluationError(
-            f"{labels}: all {int(matched.sum())} labels are {classes[0]!r}; kNN needs two classes"
-        )
-    numbers = {name: number for number, name in enumerate(classes)}
-    return LabelledSamples(
-        sample_ids=ids[matched],
-        labels=np.array([numbers[label] for label in found if label is not None], dtype=np.int64),
-        classes=classes,
-        num_unlabelled=int((~matched).sum()),
-        num_unused=max(0, len(by_uri) - int(matched.sum())),
-    )
-
-
-def _label(uri: str, by_uri: Mapping[str, str], sources: Sequence[str]) -> str | None:
-    if uri in by_uri:
-        return by_uri[uri]
-    below = (uri.removeprefix(source) for source in sources if uri.startswith(source))
-    return next((by_uri[path] for path in below if path in by_uri), None)
-
-
-def knn_correct(
-    features: Tensor, labels: NDArray[np.int64], *, ks: tuple[int, ...], temperature: float
-) -> dict[int, NDArray[np.bool_]]:
-    """Leave-one-out weighted kNN: for each k, whether each of the M images is classified right.
-
-    Args:
-        features: M x D, unit length.
-        labels: M class numbers.
-        ks: numbers of neighbours; a k above M - 1 takes all others.
-        temperature: a neighbour's vote is exp(cosine / temperature).
-    """
-    count, classes = len(labels), int(labels.max()) + 1
-    one_hot = functional.one_hot(torch.as_tensor(labels), classes).float().to(features.device)
-    right: dict[int, list[NDArray[np.bool_]]] = {k: [] for k in ks}
-    for start in range(0, count, 1024):
-        rows = torch.arange(start, min(start + 1024, count), device=features.device)
-        similarity = features[rows] @ features.T
-        similarity[torch.arange(len(rows)), rows] = -torch.inf  # an image does not vote for itself
-        top, nearest = similarity.topk(min(max(ks), count - 1), dim=1)
-        votes = (top / temperature).exp()[:, :, None] * one_hot[nearest]
-        for k in ks:
-            guess = votes[:, :k].sum(1).argmax(1).cpu().numpy()
-            right[k].append(guess == labels[rows.cpu().numpy()])
-    return {k: np.concatenate(parts) for k, parts in right.items()}
 
 
 def paired_interval(
@@ -330,16 +248,3 @@ def _neighbours(
         str(int(sample_ids[row])): [int(sample_ids[i]) for i in found]
         for row, found in zip(chosen, nearest, strict=True)
     }
-
-
-def _read_labels(url: str) -> dict[str, str]:
-    folder, _, name = url.rpartition("/")
-    text = bytes(open_store(folder or ".").read(name)).decode("utf-8-sig")
-    rows = csv.DictReader(io.StringIO(text))
-    if not {"uri", "label"} <= set(rows.fieldnames or ()):
-        raise EvaluationError(
-            f"{url}: the first line must be 'uri,label', not {text.partition(chr(10))[0]!r}"
-        )
-    labels = {row["uri"]: row["label"] for row in rows}
-    logger.info("%s: %d labels of %d classes", url, len(labels), len(Counter(labels.values())))
-    return labels

@@ -1,17 +1,19 @@
-"""What a run writes down: figures of its steps, and the ledger of the samples it consumed.
+"""What a run writes down: figures of its steps, the samples it consumed, the bad ones among them.
 
 Each rank writes parts, JSON lines, one a checkpoint interval, named by the first step they may
-hold: metrics/rank-00000/step-000000001.jsonl, ledger/rank-00000/step-000000001.jsonl. Steps are
+hold: metrics/rank-00000/step-000000001.jsonl; ledger, quarantine and skipped likewise. Steps are
 counted from 1: step n is the n-th update.
 """
 
 import dataclasses
+import importlib.util
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from moco_scale.errors import ConfigError
 from pipelines.loader import Batch
 from shards.errors import NotFoundError
 from shards.store import Store, open_store
@@ -39,10 +41,34 @@ class StepMetrics:
     """Seconds a step took, on the slowest rank."""
     data_wait_frac: float
     """Part of the time that was spent waiting for a batch, 0-1, on the rank that waited most."""
+    checkpoint_stall_ms: float
+    """Milliseconds that saving held the steps up; the writing itself goes on beside them."""
     queue_filled_frac: float
     """Part of the queue that holds real keys; below 1 the loss still rises."""
     world_size: int
     """Ranks that took part."""
+    last_step: int
+    """Steps of the whole run, if its epochs stay as long as they are."""
+    skipped_steps: int
+    """Of the steps since the row before, those that were not finite and changed nothing."""
+    queue_age_steps: float
+    """Age of the queue's oldest key. The slower the key encoder, the older a key may be."""
+    memory_bytes: int
+    """Most memory so far: of the accelerator's, or of the process where there is none."""
+    alignment: float | None
+    """Mean squared distance of a query and its key, 0 to 4. Falls as views of one image meet."""
+    uniformity: float | None
+    """Log of the mean closeness of two embeddings, -4 to 0. Near 0: all at one point, collapsed."""
+    effective_rank: float | None
+    """Directions that the embeddings use, 1 to model.dim. Near 1: collapsed."""
+    duplicate_key_frac: float | None
+    """Keys that have a twin in the queue (cosine above 0.99), 0-1. High: near-duplicates in the
+    data, or a queue that holds the whole set; both are false negatives."""
+    knn_accuracy: float | None
+    """Online kNN on labelled images, 0-1, in the row of a checkpoint; see run.knn_labels."""
+
+
+_KINDS = ("metrics", "ledger", "quarantine", "skipped")
 
 
 class MetricsLog:
@@ -60,23 +86,22 @@ class MetricsLog:
         self._rank = rank
         self._ledger = ledger
         self._first_step = first_step
-        self._rows: dict[str, list[dict[str, Any]]] = {"metrics": [], "ledger": []}
+        self._rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _KINDS}
 
     def add(self, metrics: StepMetrics) -> None:
         """Keep a row of figures."""
         self._rows["metrics"].append(dataclasses.asdict(metrics))
 
     def consumed(self, step: int, batch: Batch) -> None:
-        """Keep which samples a step takes, if the ledger is on."""
+        """Keep which bad samples a step has replaced and, if the ledger is on, which it takes."""
+        for bad in batch.replaced:
+            self._rows["quarantine"].append({"step": step, **dataclasses.asdict(bad)})
         if self._ledger:
-            self._rows["ledger"].append(
-                {
-                    "step": step,
-                    "start": int(batch.positions[0]),
-                    "stop": int(batch.positions[-1]) + 1,
-                    "sample_ids": batch.sample_ids.tolist(),
-                }
-            )
+            self._rows["ledger"].append(_samples_of(step, batch))
+
+    def skipped(self, step: int, batch: Batch) -> None:
+        """Keep the samples of a step that had no effect, because it was not finite."""
+        self._rows["skipped"].append(_samples_of(step, batch))
 
     def flush(self, *, next_step: int) -> None:
         """Write what there is as a part, and begin another with `next_step`."""
@@ -88,17 +113,53 @@ class MetricsLog:
         self._first_step = next_step
 
 
+class Board:
+    """The same rows as scalars for TensorBoard."""
+
+    def __init__(self, folder: str) -> None:
+        # Deferred: an extra, and slow to import.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder)
+
+    def add(self, metrics: StepMetrics) -> None:
+        for name, value in dataclasses.asdict(metrics).items():
+            if value is not None and name != "step":
+                self._writer.add_scalar(name, value, metrics.step)
+        self._writer.flush()
+
+
+def open_board(folder: str) -> Board | None:
+    """A board in a local folder; None for no folder.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    if not folder:
+        return None
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "run.tensorboard needs TensorBoard: pip install 'moco-scale[tensorboard]', or leave "
+            "it out (the same figures are in the run's metrics)"
+        )
+    return Board(folder)
+
+
+def _samples_of(step: int, batch: Batch) -> dict[str, Any]:
+    return {
+        "step": step,
+        "start": int(batch.positions[0]),
+        "stop": int(batch.positions[-1]) + 1,
+        "sample_ids": batch.sample_ids.tolist(),
+    }
+
+
 def forget_after(store: Store, step: int) -> None:
     """Delete the parts that begin after `step`: the run goes on from there and writes them again.
 
     Of all ranks, since the world may be another one now.
     """
-    stale = [
-        path
-        for kind in ("metrics", "ledger")
-        for path in _parts(store, kind)
-        if _first_step(path) > step
-    ]
+    stale = [path for kind in _KINDS for path in _parts(store, kind) if _first_step(path) > step]
     if stale:
         store.delete(stale)
 
@@ -109,15 +170,23 @@ def read_metrics(run_url: str) -> list[StepMetrics]:
     return [rows[step] for step in sorted(rows)]
 
 
-def read_ledger(run_url: str) -> dict[int, tuple[int, ...]]:
-    """By step, the sample ids that all ranks consumed, in position order."""
+def read_ledger(
+    run_url: str, kind: Literal["ledger", "skipped"] = "ledger"
+) -> dict[int, tuple[int, ...]]:
+    """By step, the sample ids that all ranks consumed, or skipped, in position order."""
     by_step: dict[int, dict[int, list[int]]] = defaultdict(dict)
-    for row in _rows(open_store(run_url), "ledger"):
+    for row in _rows(open_store(run_url), kind):
         by_step[row["step"]][row["start"]] = row["sample_ids"]
     return {
         step: tuple(sample for start in sorted(parts) for sample in parts[start])
         for step, parts in sorted(by_step.items())
     }
+
+
+def read_quarantine(run_url: str) -> list[dict[str, Any]]:
+    """A row for each bad sample, by position: the step that replaced it and BadSample's fields."""
+    rows = {row["position"]: row for row in _rows(open_store(run_url), "quarantine")}
+    return [rows[position] for position in sorted(rows)]
 
 
 def _rows(store: Store, kind: str) -> Iterator[dict[str, Any]]:

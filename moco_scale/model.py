@@ -1,8 +1,10 @@
 """MoCo: a query encoder, its slow copy, and a dictionary of keys (He et al. 2019, Algorithm 1)."""
 
 import copy
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -11,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moco_scale.batch_shuffle import key_order, shuffle_rows, unshuffle_keys
-from moco_scale.dictionary import KeyQueue
+from moco_scale.dictionary import EndToEnd, KeyQueue, MemoryBank
 from moco_scale.distributed import Ranks
-from moco_scale.encoders import BACKBONES
-from moco_scale.errors import ConfigError
-from moco_scale.group_norm import batch_statistics, commit_statistics
-from moco_scale.loss import info_nce
+from moco_scale.encoders import check_backbone
+from moco_scale.errors import CheckpointError, ConfigError
+from moco_scale.group_norm import batch_statistics, begin_statistics, commit_statistics
+from moco_scale.health import embedding_health
+from pipelines.view_maker import normalised
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,15 +29,20 @@ class ModelConfig:
     """The method: encoder, dictionary, loss and shuffled batch normalisation."""
 
     backbone: str = "resnet50"
-    """A ResNet of torchvision: resnet18/34/50/101, resnext50_32x4d or wide_resnet50_2."""
+    """An image classifier of torchvision, by its name, or of timm, as timm/NAME."""
     dim: int = 128
     """Length of an embedding."""
     mlp_head: bool = True
     """Head of two layers (v2) instead of one (v1)."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """First layers: 7x7 of stride 2 and pooling, or, for images of about 32 px, 3x3 of stride 1."""
+    dictionary: Literal["queue", "memory_bank", "end_to_end"] = "queue"
+    """Mechanism of the paper's figure 2; queue is MoCo, the others are what it is compared with."""
+    symmetric: bool = False
+    """Each view is query and key in turn: two losses a step, added; twice the cost."""
     queue_size: int = 65536
-    """Keys in the queue (K of the paper); at least data.global_batch_size."""
+    """Negatives (K of the paper): the queue's keys, or rows drawn from the memory bank. At least
+    the keys that a step enqueues."""
     momentum: float = 0.999
     """How much of the key encoder stays in a step (m of the paper)."""
     temperature: float = 0.2
@@ -43,13 +53,15 @@ class ModelConfig:
     """Samples whose keys are permuted together, in BN groups: a multiple of bn_sub_batch."""
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise ConfigError(
-                f"model.backbone {self.backbone!r} is not known; choose {', '.join(BACKBONES)}"
-            )
+        check_backbone(self.backbone)
         for name in ("dim", "queue_size", "bn_sub_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        if self.symmetric and self.dictionary == "memory_bank":
+            raise ConfigError(
+                "model.symmetric has no meaning with model.dictionary memory_bank, which encodes "
+                "no keys; leave it off"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"model.momentum must be in [0, 1), not {self.momentum}")
         if not self.temperature > 0:
@@ -58,33 +70,47 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """What a forward pass gives, for the rest of the step."""
+    """What is left of a step's forward and backward passes."""
 
     loss: Tensor
-    """Mean over this rank's samples, in nats."""
+    """Mean over this rank's samples (and both halves of a symmetric loss), in nats."""
     lookup_accuracy: Tensor
     """How often this rank's positives score highest among 1 + K, 0-1."""
     q: Tensor
-    """N x C, this rank's queries, detached."""
-    keys: Tensor
-    """The keys of all ranks in position order."""
+    """This rank's queries, detached; of a symmetric loss, those of one half behind the other's."""
+    keys: Tensor | None
+    """The keys of all ranks in position order, detached; of a symmetric loss likewise. None where
+    the dictionary needs none."""
     sample_ids: NDArray[np.int64]
+    """Of `q`."""
 
 
 class MoCo(nn.Module):
-    """A step: forward, backward, average gradients and `statistics`, then `commit`, SGD, `update`.
+    """A step: `backward`, average gradients and `statistics`, then SGD, then `update`.
 
-    State-dict names are the published ones: encoder_q.*, encoder_k.*, queue, queue_ptr.
+    State-dict names are the published ones: encoder_q.*, encoder_k.*, queue, queue_ptr. (A memory
+    bank has `bank` instead of the last three, end-to-end training encoder_q alone.)
     """
 
-    def __init__(self, encoder: nn.Module, config: ModelConfig, *, seed: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        config: ModelConfig,
+        *,
+        seed: int,
+        ranks: Ranks,
+        num_ids: int = 0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         """
         Args:
             encoder: becomes the query encoder; its copy the key encoder. N x 3 x S x S to N x dim,
                 its normalisation layers GroupBatchNorm2d.
             config: of the dictionary, the loss and the shuffle.
-            seed: of the queue's first content and of the shuffle.
+            seed: of the dictionary's first content and of the shuffle.
             ranks: the processes that a batch is divided over.
+            num_ids: sample ids are below it; a memory bank has so many rows.
+            autocast: what the encoders compute in; None for the dtype of their weights.
 
         Raises:
             ConfigError: the shuffle domain does not consist of at least two whole BN groups.
@@ -92,12 +118,14 @@ class MoCo(nn.Module):
         super().__init__()
         check_shuffle(config)
         self.encoder_q = encoder
-        self.encoder_k = copy.deepcopy(encoder)
-        self.encoder_k.requires_grad_(False)
-        self.dictionary = KeyQueue(dim=config.dim, queue_size=config.queue_size, seed=seed)
+        self.dictionary = _dictionary(config, seed=seed, num_ids=num_ids, ranks=ranks)
+        self.encoder_k: nn.Module | None = None
+        if self.dictionary.needs_key_encoder:
+            self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.config = config
         self.seed = seed
         self.ranks = ranks
+        self._autocast = autocast
         # The dictionary's buffers carry their published names, without 'dictionary.' before them.
         self.register_state_dict_post_hook(_publish_names)  # type: ignore[no-untyped-call]  # torch's
         self.register_load_state_dict_pre_hook(_accept_published_names)  # type: ignore[no-untyped-call]  # torch's
@@ -105,72 +133,210 @@ class MoCo(nn.Module):
     @property
     def queue(self) -> Tensor:
         """dim x K."""
-        return self.dictionary.queue
+        return cast(KeyQueue, self.dictionary).queue
 
     @property
     def queue_ptr(self) -> Tensor:
         """The next column of the queue to be replaced, a tensor of one number."""
-        return self.dictionary.queue_ptr
+        return cast(KeyQueue, self.dictionary).queue_ptr
 
-    def forward(
-        self, view_q: Tensor, view_k: Tensor, *, sample_ids: NDArray[np.int64], step: int
+    @torch.no_grad()
+    def begin_with(self, weights: Mapping[str, Tensor], *, where: str, is_behind: bool) -> None:
+        """Take the encoders of another run, and its queue if it is as large.
+
+        Args:
+            weights: by published name; without encoder_k, the key encoder begins as encoder_q.
+            where: they are from, for messages.
+            is_behind: let the key encoder follow once, as the published code does first of all.
+
+        Raises:
+            CheckpointError: an encoder of another architecture.
+        """
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        has_keys = any(name.startswith("encoder_k.") for name in weights)
+        for name, tensor in own.items():
+            kind, _, rest = name.partition(".")
+            if kind not in ("encoder_q", "encoder_k"):
+                continue
+            source = f"encoder_q.{rest}" if kind == "encoder_k" and not has_keys else name
+            if source not in weights or weights[source].shape != tensor.shape:
+                found = tuple(weights[source].shape) if source in weights else "missing"
+                raise CheckpointError(
+                    f"{where}: {source} is {found}, this model's is {tuple(tensor.shape)}; set "
+                    "model.backbone, model.dim and model.mlp_head as they were"
+                )
+            tensor.copy_(weights[source])
+        if self.config.dictionary == "queue" and "queue" in weights:
+            if weights["queue"].shape == self.queue.shape:
+                self.queue.copy_(weights["queue"])
+                self.queue_ptr.copy_(weights["queue_ptr"])
+            else:
+                logger.warning("%s: its queue is of another size; the run begins with noise", where)
+        if is_behind and has_keys:
+            self._follow(torch.ones((), dtype=torch.bool, device=self.ranks.device))
+
+    def filled_frac(self, steps: int, *, global_batch_size: int) -> float:
+        """Part of the queue that holds real keys after so many steps; 1 without a queue."""
+        if self.config.dictionary != "queue":
+            return 1.0
+        keys = steps * global_batch_size * (2 if self.config.symmetric else 1)
+        return min(1.0, keys / self.config.queue_size)
+
+    def oldest_key(self, steps: int, *, global_batch_size: int) -> float:
+        """Age in steps of the queue's oldest key after so many steps; 0 without a queue."""
+        if self.config.dictionary != "queue":
+            return 0.0
+        keys = global_batch_size * (2 if self.config.symmetric else 1)
+        return min(float(steps), self.config.queue_size / keys)
+
+    def health(self, output: StepOutput) -> dict[str, float]:
+        """See `embedding_health`; of rank 0, whose queries are the first keys' own."""
+        count = len(output.q) // (2 if self.config.symmetric else 1)
+        keys = output.keys
+        if keys is not None:
+            keys = keys[: count * self.ranks.world_size]
+        if not output.q.isfinite().all() or (keys is not None and not keys.isfinite().all()):
+            return {}
+        return embedding_health(output.q[:count], keys, self._older_keys(output))
+
+    def _older_keys(self, output: StepOutput) -> Tensor | None:
+        """The queue without the keys of the last step, C x K'; None if nothing is left."""
+        if self.config.dictionary != "queue" or output.keys is None:
+            return None
+        size, count = self.queue.shape[1], len(output.keys)
+        first = int(self.queue_ptr)  # the oldest of all, as the newest are before it
+        older = (first + torch.arange(size - count, device=self.queue.device)) % size
+        return self.queue[:, older] if len(older) else None
+
+    def backward(
+        self,
+        view_q: Tensor,
+        view_k: Tensor,
+        *,
+        sample_ids: NDArray[np.int64],
+        step: int,
+        accumulation: int = 1,
     ) -> StepOutput:
-        """Loss of this rank's samples against the queue as it is; changes nothing but BN's notes.
+        """Gradients of this rank's samples against the dictionary as it is.
+
+        Changes nothing but gradients and BN's notes of the batch.
 
         Args:
             view_q: N x 3 x S x S, this rank's part of the global batch, in position order.
             view_k: the other view of the same samples.
             sample_ids: N.
             step: number of the step since the start of the run: it seeds the shuffle.
+            accumulation: parts that the queries, and the keys, go through the encoders in.
         """
-        dtype = self.queue.dtype  # embeddings are compared in full precision under autocast too
-        q = functional.normalize(self.encoder_q(view_q).to(dtype), dim=1)
-        keys = self._keys(view_k, step=step)
-        own = keys[self.ranks.rank * len(q) : (self.ranks.rank + 1) * len(q)]
-        with torch.autocast(device_type=q.device.type, enabled=False):
-            logits, labels = self.dictionary.logits(q, own, sample_ids)
-            loss, accuracy = info_nce(logits, labels, temperature=self.config.temperature)
+        begin_statistics(self)
+        halves = (
+            [(view_q, view_k), (view_k, view_q)] if self.config.symmetric else [(view_q, view_k)]
+        )
+        count = len(view_q)
+        part = count // accumulation
+        assert part * accumulation == count, "accumulation divides a rank's batch: see check_world"
+        q, keys, figures = [], [], []
+        for half, (of_q, of_k) in enumerate(halves):
+            k = self._keys(of_k, step=step, half=half, part=part)
+            for start in range(0, count, part):
+                rows = slice(start, start + part)
+                queries = self._encode(self.encoder_q, of_q[rows])
+                loss, accuracy = self.dictionary.loss(
+                    queries,
+                    k,
+                    sample_ids[rows],
+                    rows=slice(
+                        self.ranks.rank * count + start, self.ranks.rank * count + start + part
+                    ),
+                    step=step,
+                    temperature=self.config.temperature,
+                )
+                # The halves' losses are added, as in the published code, the parts' averaged.
+                (loss / accumulation).backward()  # type: ignore[no-untyped-call]  # torch's
+                figures.append(torch.stack([loss.detach(), accuracy]))
+                q.append(queries.detach())
+            if k is not None:
+                keys.append(k.detach())
+        loss, accuracy = torch.stack(figures).mean(dim=0)
         return StepOutput(
-            loss=loss, lookup_accuracy=accuracy, q=q.detach(), keys=keys, sample_ids=sample_ids
+            loss=loss,
+            lookup_accuracy=accuracy,
+            q=torch.cat(q),
+            keys=torch.cat(keys) if keys else None,
+            sample_ids=np.tile(sample_ids, len(halves)),
         )
 
     def statistics(self) -> list[Tensor]:
         """Both encoders' BN statistics of this batch, to be averaged over ranks in place."""
         return batch_statistics(self)
 
-    def commit(self) -> None:
-        """Let the (averaged) BN statistics of this batch enter the running ones."""
-        commit_statistics(self)
-
     @torch.no_grad()
-    def update(self, output: StepOutput) -> None:
-        """After the optimizer: the key encoder follows the query encoder, then keys are enqueued.
+    def update(self, output: StepOutput, *, is_finite: Tensor) -> None:
+        """After the optimizer: BN's running statistics, the key encoder, then the dictionary.
 
         The moving average covers parameters only; BN buffers are each encoder's own.
-        """
-        torch._foreach_lerp_(
-            list(self.encoder_k.parameters()),
-            list(self.encoder_q.parameters()),
-            1 - self.config.momentum,
-        )
-        self.dictionary.update(output.q, output.keys, output.sample_ids)
 
-    @torch.no_grad()
-    def _keys(self, view_k: Tensor, *, step: int) -> Tensor:
+        Args:
+            is_finite: a tensor of one bool, the same on all ranks; where it is false, nothing of
+                the model changes.
+        """
+        commit_statistics(self, is_finite=is_finite)
+        self._follow(is_finite)
+        self.dictionary.update(output.q, output.keys, output.sample_ids, is_finite=is_finite)
+
+    def _follow(self, is_finite: Tensor) -> None:
+        """One step of the key encoder's moving average."""
+        if self.encoder_k is None:
+            return
+        followed: list[Tensor] = list(self.encoder_k.parameters())
+        # A weight on the device, so that the host need not know whether the step counts.
+        weight = (1 - self.config.momentum) * is_finite.to(followed[0].dtype)
+        torch._foreach_lerp_(followed, [*self.encoder_q.parameters()], [weight] * len(followed))
+
+    def _keys(self, views: Tensor, *, step: int, half: int, part: int) -> Tensor | None:
         """The keys of all ranks in position order, encoded in shuffled BN groups."""
-        if torch.is_autocast_enabled(view_k.device.type):
-            # The first convolution would do it anyway; before the exchange it halves the bytes.
-            view_k = view_k.to(torch.get_autocast_dtype(view_k.device.type))
+        if self.encoder_k is None and not self.dictionary.keys_need_grad:
+            return None
+        if self._autocast is not None and views.dtype.itemsize > self._autocast.itemsize:
+            views = views.to(self._autocast)  # the encoder would; before the exchange it is cheaper
         domain = self.config.shuffle_domain
         order = key_order(
             seed=self.seed,
             step=step,
-            global_batch_size=len(view_k) * self.ranks.world_size,
+            half=half,
+            global_batch_size=len(views) * self.ranks.world_size,
             shuffle_domain=domain,
         )
-        shuffled = shuffle_rows(view_k, order, shuffle_domain=domain, ranks=self.ranks)
-        keys = functional.normalize(self.encoder_k(shuffled).to(self.queue.dtype), dim=1)
-        return unshuffle_keys(keys, order, ranks=self.ranks)
+        shuffled = shuffle_rows(views, order, shuffle_domain=domain, ranks=self.ranks)
+        encoder = self.encoder_q if self.encoder_k is None else self.encoder_k
+        with torch.set_grad_enabled(self.dictionary.keys_need_grad):
+            encoded = [self._encode(encoder, rows) for rows in torch.split(shuffled, part)]
+            return unshuffle_keys(torch.cat(encoded), order, ranks=self.ranks)
+
+    def _encode(self, encoder: nn.Module, views: Tensor) -> Tensor:
+        """N x C, unit length, in the precision of the weights whatever the encoder computes in."""
+        weights = next(encoder.parameters())
+        with torch.autocast(
+            views.device.type, dtype=self._autocast, enabled=self._autocast is not None
+        ):
+            embedded: Tensor = encoder(normalised(views))
+        return functional.normalize(embedded.to(weights.dtype), dim=1)
+
+
+def _dictionary(
+    config: ModelConfig, *, seed: int, num_ids: int, ranks: Ranks
+) -> KeyQueue | MemoryBank | EndToEnd:
+    if config.dictionary == "queue":
+        return KeyQueue(dim=config.dim, queue_size=config.queue_size, seed=seed)
+    if config.dictionary == "memory_bank":
+        return MemoryBank(
+            dim=config.dim,
+            num_rows=num_ids,
+            num_negatives=config.queue_size,
+            seed=seed,
+            ranks=ranks,
+        )
+    return EndToEnd()
 
 
 def check_shuffle(config: ModelConfig) -> None:

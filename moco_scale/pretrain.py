@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from moco_scale import distributed
 from moco_scale.config import CONFIG_FILE, TrainConfig, load_config, to_mapping
-from moco_scale.distributed import Ranks
+from moco_scale.distributed import Ranks, broadcast_object
 from moco_scale.metrics import StepMetrics
 from moco_scale.trainer import EXIT_PREEMPTED, Trainer
 from pipelines import open_loader
@@ -47,6 +47,7 @@ def _train(
         rank=ranks.rank,
         world_size=ranks.world_size,
         device_index=ranks.device_index,
+        agree=lambda value: broadcast_object(value, ranks),
     )
     try:
         trainer = Trainer(

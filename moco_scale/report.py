@@ -1,6 +1,7 @@
 """The one page about a run: self-contained HTML that needs no network to look at."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from torch import Tensor
 from moco_scale.config import TrainConfig, read_run_config, to_mapping
 from moco_scale.errors import TrainError
 from moco_scale.evaluate import EVALUATION_FILE
-from moco_scale.metrics import StepMetrics, read_metrics
+from moco_scale.metrics import StepMetrics, read_metrics, read_quarantine
 from pipelines import IMAGE_MEAN, IMAGE_STD, iterate_once, open_loader
 from shards import ShardSet, open_store
 from shards.errors import NotFoundError
@@ -63,15 +64,18 @@ def build_report(run_url: str) -> str:
     metrics = read_metrics(run_url)
     if not metrics:
         raise TrainError(f"{run_url} has no metrics yet: the first are written with a checkpoint")
-    shard_set = ShardSet.open(config.data.shards)
+    if not config.data.shards:
+        raise TrainError(f"{run_url} has read no shard set (data.mode {config.data.mode})")
+    shard_sets = [ShardSet.open(url) for url in config.data.shards]
+    shard_set, num_samples = shard_sets[0], sum(one.num_samples for one in shard_sets)
     evaluation = _read_evaluation(run_url)
     steps_to_fill = config.model.queue_size / config.data.global_batch_size
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = (resources.files("moco_scale") / "templates" / "report.html").read_text()
     return environment.from_string(template).render(
-        title=f"MoCo on {shard_set.num_samples:,} images: {config.model.backbone}",
+        title=f"MoCo on {num_samples:,} images: {config.model.backbone}",
         run_url=run_url,
-        tiles=_tiles(metrics, config, evaluation),
+        tiles=_tiles(metrics, config, evaluation, num_bad=len(read_quarantine(run_url))),
         queue_size=config.model.queue_size,
         full_step=math.ceil(steps_to_fill),
         chance_loss=math.log(config.model.queue_size + 1),
@@ -83,8 +87,8 @@ def build_report(run_url: str) -> str:
         recipe=config.data.recipe,
         view_size=config.data.view_size,
         source=", ".join(json.loads(shard_set.metadata["sources"])) or "shards made elsewhere",
-        shards_url=shard_set.url,
-        packed=shard_set.num_samples,
+        shards_url=", ".join(one.url for one in shard_sets),
+        packed=num_samples,
         config=to_mapping(config),
         versions=_versions(),
         **_plots(metrics, config, steps_to_fill),
@@ -93,7 +97,11 @@ def build_report(run_url: str) -> str:
 
 
 def _tiles(
-    metrics: Sequence[StepMetrics], config: TrainConfig, evaluation: dict[str, Any] | None
+    metrics: Sequence[StepMetrics],
+    config: TrainConfig,
+    evaluation: dict[str, Any] | None,
+    *,
+    num_bad: int,
 ) -> list[tuple[str, str]]:
     last = metrics[-1]
     warm = metrics[1:] or metrics  # the first rows include start-up
@@ -107,6 +115,8 @@ def _tiles(
         (f"{rate:,.0f}", "images/s, median"),
         (f"{100 * wait:.1f} %", "of a step waiting for data, median"),
     ]
+    if num_bad:
+        tiles.append((f"{num_bad:,}", "bad samples replaced"))
     if evaluation:
         k = next(iter(evaluation["scores"][0]["accuracy"]))
         trained = {row["features"]: row["accuracy"][k] for row in evaluation["scores"]}["trained"]
@@ -189,7 +199,8 @@ def _plot(
 
 def _view_pairs(config: TrainConfig) -> list[tuple[str, str]]:
     """The run's first views, drawn again: they are a function of the seed and the position."""
-    loader = open_loader(config.data, seed=config.run.seed, rank=0, world_size=1, device_index=None)
+    data = dataclasses.replace(config.data, mode="stream", view_dtype="float32")
+    loader = open_loader(data, seed=config.run.seed, rank=0, world_size=1, device_index=None)
     try:
         batch = next(iter(loader))
     finally:

@@ -117,6 +117,8 @@ def _value(hint: Any, value: Any, *, path: str) -> Any:
         (inner,) = (arg for arg in get_args(hint) if arg is not type(None))
         return _value(inner, value, path=path)
     if origin is tuple:
+        if isinstance(value, str) and get_args(hint)[0] is str:
+            return (value,)  # one of what there may be several of
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path} takes a list, not {value!r}")
         return tuple(_value(get_args(hint)[0], item, path=path) for item in value)

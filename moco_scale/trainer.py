@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import resource
 import signal
 import threading
 import time
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from moco_scale.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     check_fits,
     latest,
     load_checkpoint,
-    save_checkpoint,
+    load_weights,
     saved_steps,
 )
 from moco_scale.distributed import (
@@ -32,14 +34,23 @@ from moco_scale.distributed import (
     broadcast_object,
 )
 from moco_scale.encoders import build_encoder
-from moco_scale.errors import CheckpointError, TrainError
-from moco_scale.metrics import MetricsLog, StepMetrics, forget_after
+from moco_scale.errors import CheckpointError, ConfigError, TrainError
+from moco_scale.knn import OnlineKnn
+from moco_scale.metrics import MetricsLog, StepMetrics, forget_after, open_board
 from moco_scale.model import MoCo, ModelConfig, StepOutput
-from moco_scale.optim import OptimConfig, build_sgd, lr_at, set_lr
+from moco_scale.optim import (
+    OptimConfig,
+    build_sgd,
+    lr_at,
+    schedule_steps,
+    set_lr,
+    step_if,
+)
 from pipelines.config import DataConfig
 from pipelines.errors import BadDataError
 from pipelines.loader import Batch, Loader
 from pipelines.quarantine import ALLOWED_BAD
+from shards import ShardSet
 from shards.errors import UserError
 from shards.store import open_store
 
@@ -57,6 +68,9 @@ class RunConfig:
     """URL or path that the run is written to: config, checkpoints, metrics."""
     seed: int = 0
     """Seed of everything: weights, order of the data, views, shuffle."""
+    init: str = ""
+    """URL of a checkpoint whose weights a new run begins with: another run's, or a published one
+    of the same architecture. Everything else (optimizer, position, schedule) begins anew."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of run.url; never; or the URL of a checkpoint."""
     log_every: int = 10
@@ -67,6 +81,15 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     ledger: bool = False
     """Write down the ids of the samples that every step consumes."""
+    knn_labels: str = ""
+    """Labels for an online kNN score with every checkpoint: the URL of a CSV with the header
+    uri,label, or 'folder'; none: no score."""
+    knn_shards: str = ""
+    """The labelled shard set; data.shards when empty."""
+    knn_images: int = 2000
+    """Labelled images that are scored."""
+    tensorboard: str = ""
+    """Local folder for TensorBoard, which needs the extra of that name; empty: none."""
     max_steps: int = 0
     """Stop after this many steps of the schedule; 0 runs all of it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -77,7 +100,7 @@ class RunConfig:
     """Memory layout of images and convolutions; faster on all devices."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "knn_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
         if self.max_steps < 0:
@@ -144,28 +167,47 @@ class Trainer:
         self.resumed_from = ""
         """URL of the checkpoint that this run continues; empty for a new run."""
         encoder = build_encoder(model, seed=run.seed) if encoder is None else encoder
-        self.model = MoCo(encoder, model, seed=run.seed, ranks=ranks).to(ranks.device)
+        uses_bf16 = run.bf16 == "on" or (run.bf16 == "auto" and ranks.device.type == "cuda")
+        self.model = MoCo(
+            encoder,
+            model,
+            seed=run.seed,
+            ranks=ranks,
+            num_ids=loader.num_ids,
+            autocast=torch.bfloat16 if uses_bf16 else None,
+        ).to(ranks.device)
         if run.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.parameters = list(self.model.encoder_q.parameters())
         self.optimizer = build_sgd(self.parameters, optim)
         self._show = progress if ranks.speaks else None
-        self._autocast = run.bf16 == "on" or (run.bf16 == "auto" and ranks.device.type == "cuda")
+        self._knn = self._open_knn()
+        self._best: tuple[float, int] | None = None
         self._stop = _StopSignals()
         self._flags = _HostCopy()
+        self._previous_batch: Batch | None = None
+        self._skipped_in_a_row = 0
         self._sums = _Sums(ranks.device)
         self._resume()
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Of the version of the shard set that the run began with."""
-        return self.loader.steps_per_epoch
+    def scheduled_step(self) -> int:
+        """Where the run is in its epochs, in steps of this one's length: what the schedule follows.
+
+        It is `step`, unless the shard set has grown or shrunk between epochs.
+        """
+        return self.loader.epoch * self.loader.steps_per_epoch + self.loader.step_in_epoch
 
     @property
     def last_step(self) -> int:
-        """Steps of the whole run."""
-        steps = self.optim_config.epochs * self.steps_per_epoch
-        return min(steps, self.run_config.max_steps) if self.run_config.max_steps else steps
+        """Steps of the whole run, if the epochs to come are as long as this one."""
+        steps = schedule_steps(
+            self.optim_config,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            global_batch_size=self.data_config.global_batch_size,
+        )
+        last = self.step + max(0, steps - self.scheduled_step)
+        return min(last, self.run_config.max_steps) if self.run_config.max_steps else last
 
     @property
     def finished(self) -> bool:
@@ -178,12 +220,28 @@ class Trainer:
         SIGTERM and SIGUSR1 save and stop; see RunResult.preempted.
 
         Raises:
-            TrainError: the loss or the gradient is not finite.
+            TrainError: too many steps in a row had a loss or a gradient that is not finite.
             BadDataError: more samples had to be replaced than data.max_bad_frac allows.
         """
         first_step = self.step
         if self.finished:
             return RunResult(step=self.step, steps_now=0, preempted=False)
+        preempted = False
+        with self.stepping():
+            while not self.finished and not preempted:
+                preempted = self.advance()
+            self._writer.wait()
+            # A rank that left now would make its launcher end the one that is saving.
+            barrier(self.ranks)
+        return RunResult(
+            step=self.step,
+            steps_now=self.step - first_step,
+            preempted=preempted and not self.finished,
+        )
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Signals, log and checkpoints are ready for `advance` while inside, on all ranks."""
         if self.ranks.speaks:
             forget_after(self.store, self.step)
         barrier(self.ranks)
@@ -193,21 +251,28 @@ class Trainer:
             ledger=self.run_config.ledger,
             first_step=self.step + 1,
         )
-        preempted = False
-        with self._stop.listening(), self._log_written():
+        self._writer = CheckpointWriter(self.store, keep=self.run_config.keep_checkpoints)
+        self._board = open_board(self.run_config.tensorboard if self.ranks.speaks else "")
+        with self._stop.listening(), self._log_written(), contextlib.closing(self._writer):
             self._sums.reset()
-            while not self.finished and not preempted:
-                preempted = self._train_step()
-                saving = self._due(self.run_config.checkpoint_every) or preempted
-                if saving or self._due(self.run_config.log_every):
-                    self._measure()
-                if saving:
-                    self._save()
-        return RunResult(
-            step=self.step,
-            steps_now=self.step - first_step,
-            preempted=preempted and not self.finished,
+            yield
+
+    def advance(self) -> bool:
+        """One step, with the row of metrics and the checkpoint that are due after it.
+
+        Returns:
+            Whether any rank was told by a signal to stop; then it has been saved.
+        """
+        preempted = self._train_step()
+        # Not after a step without effect: the ones before it may have been what broke it.
+        saving = preempted or (
+            self._due(self.run_config.checkpoint_every) and not self._skipped_in_a_row
         )
+        if saving or self._due(self.run_config.log_every):
+            self._measure(scoring=saving and not preempted)
+        if saving:
+            self._save()
+        return preempted
 
     def state_dict(self) -> Checkpoint:
         """Everything that a resume needs."""
@@ -223,6 +288,7 @@ class Trainer:
             loader=self.loader.state_dict(),
             rng=rng,
             config=self.config,
+            best=self._best,
             versions={name: metadata.version(name) for name in ("moco-scale", "torch")},
             world_size=self.ranks.world_size,
         )
@@ -242,117 +308,176 @@ class Trainer:
         if self.ranks.device.type == "cuda" and "cuda" in checkpoint.rng:
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.ranks.device)
         self.step = checkpoint.step
+        self._best = checkpoint.best
         self.resumed_from = checkpoint.url
 
     def _train_step(self) -> bool:
         """One update; True when a signal reached any rank."""
+        lr = lr_at(
+            self.scheduled_step,
+            self.optim_config,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            global_batch_size=self.data_config.global_batch_size,
+        )
         waited = time.perf_counter()
         batch = next(self.loader)
         self._sums.wait_s += time.perf_counter() - waited
         self._log.consumed(self.step + 1, batch)
 
-        set_lr(
-            self.optimizer,
-            lr_at(self.step, self.optim_config, steps_per_epoch=self.steps_per_epoch),
-        )
+        set_lr(self.optimizer, lr)
         self.optimizer.zero_grad()
-        output = self._forward(batch)
-        output.loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
-        stop, replaced = self._average(num_replaced=batch.num_replaced)
-        self.model.commit()
-        self.optimizer.step()
-        self.model.update(output)
+        output = self._backward(batch)
+        agreed, is_finite = self._average(num_replaced=batch.num_replaced)
+        step_if(is_finite, self.optimizer)
+        self.model.update(output, is_finite=is_finite)
 
         self.step += 1
-        self._sums.add(output, replaced)
-        return self._flags.read(stop) > 0
+        self._sums.add(output, replaced=agreed[1], is_finite=is_finite)
+        self._last_output = output
+        stop, skipped = self._flags.read(torch.stack([agreed[0], (~is_finite).to(agreed.dtype)]))
+        self._note(batch, skipped=skipped > 0)
+        return stop > 0
 
-    def _forward(self, batch: Batch) -> StepOutput:
+    def _backward(self, batch: Batch) -> StepOutput:
         layout = torch.channels_last if self.run_config.channels_last else torch.contiguous_format
         device = self.ranks.device
-        view_q = batch.view_q.to(device, non_blocking=True).contiguous(memory_format=layout)
-        view_k = batch.view_k.to(device, non_blocking=True).contiguous(memory_format=layout)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            output: StepOutput = self.model(
-                view_q, view_k, sample_ids=batch.sample_ids, step=self.step
-            )
-        return output
+        return self.model.backward(
+            batch.view_q.to(device, non_blocking=True).contiguous(memory_format=layout),
+            batch.view_k.to(device, non_blocking=True).contiguous(memory_format=layout),
+            sample_ids=batch.sample_ids,
+            step=self.step,
+            accumulation=self.optim_config.accumulation,
+        )
 
     def _average(self, *, num_replaced: int) -> tuple[Tensor, Tensor]:
         """Average gradients and BN statistics over ranks, and with them what ranks must agree on.
 
         Returns:
-            Whether any rank was told to stop (above 0), and the samples replaced over all ranks.
+            Whether any rank was told to stop (above 0) and the samples replaced over all ranks;
+            and whether all that was averaged is finite, which is the same on every rank.
         """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         agreed = torch.tensor(
             [float(self._stop.received), float(num_replaced)], dtype=gradients[0].dtype
         ).to(self.ranks.device, non_blocking=True)
-        all_reduce_flat([*gradients, *self.model.statistics(), agreed], self.ranks)
-        return agreed[0], agreed[1] * self.ranks.world_size
+        is_finite = all_reduce_flat([*gradients, *self.model.statistics(), agreed], self.ranks)
+        return agreed * self.ranks.world_size, is_finite
+
+    def _note(self, batch: Batch, *, skipped: bool) -> None:
+        """Write down the batch of a step that had no effect; stop if there are too many in a row.
+
+        On an accelerator the host hears of a step one step late.
+        """
+        is_late = self.ranks.device.type != "cpu"
+        step = self.step - 1 if is_late else self.step
+        culprit = self._previous_batch if is_late else batch
+        self._previous_batch = batch
+        if not skipped:
+            self._skipped_in_a_row = 0
+            return
+        assert culprit is not None, "a step was made before it was heard of"
+        self._skipped_in_a_row += 1
+        self._log.skipped(step, culprit)
+        logger.warning(
+            "step %d: not finite (loss, gradient or statistics); it has changed nothing", step
+        )
+        if self._skipped_in_a_row > self.optim_config.max_skipped_steps:
+            raise TrainError(
+                f"step {step}: {self._skipped_in_a_row} steps in a row were not finite, more than "
+                f"optim.max_skipped_steps; {self.store.url}/skipped names their samples: start "
+                "again from the last checkpoint with a lower optim.lr or a longer "
+                "optim.lr_warmup_steps"
+            )
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.finished
 
-    def _measure(self) -> None:
+    def _measure(self, *, scoring: bool) -> None:
         """A row of metrics; the one place where the host waits for the device."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
         steps, images = self._sums.steps, self._sums.steps * self.data_config.global_batch_size
         # Every rank sees the same figures, so all of them stop, or none.
         rows = all_gather_rows(self._sums.row(grad_norm), self.ranks).cpu()
-        loss, accuracy, replaced, norm = (rows[:, :4].mean(dim=0)).tolist()
-        wait_s, elapsed_s = rows[:, 4:].amax(dim=0).tolist()
+        loss, accuracy, replaced, norm, finite = (rows[:, :5].mean(dim=0)).tolist()
+        wait_s, stall_s, elapsed_s = rows[:, 5:].amax(dim=0).tolist()
+        score = None
+        if self._knn is not None and scoring:
+            score = self._knn.accuracy(self.model.encoder_q)
+            if self._best is None or score > self._best[0]:
+                self._best = (score, self.step)
+        health = self.model.health(self._last_output) if self.ranks.speaks else {}
         metrics = StepMetrics(
             step=self.step,
-            epoch=self.step / self.steps_per_epoch,
-            loss=loss / steps,
-            lookup_accuracy=accuracy / steps,
+            epoch=self.scheduled_step / self.loader.steps_per_epoch,
+            loss=loss / finite if finite else math.nan,
+            lookup_accuracy=accuracy / finite if finite else math.nan,
             lr=self.optimizer.param_groups[0]["lr"],
             grad_norm=norm,
             samples_per_s=images / elapsed_s,
             step_s=elapsed_s / steps,
             data_wait_frac=wait_s / elapsed_s,
-            queue_filled_frac=min(
-                1.0, self.step * self.data_config.global_batch_size / self.model.queue.shape[1]
+            checkpoint_stall_ms=1000 * stall_s,
+            queue_filled_frac=self.model.filled_frac(
+                self.step, global_batch_size=self.data_config.global_batch_size
             ),
             world_size=self.ranks.world_size,
+            last_step=self.last_step,
+            skipped_steps=steps - round(finite),
+            queue_age_steps=self.model.oldest_key(
+                self.step, global_batch_size=self.data_config.global_batch_size
+            ),
+            memory_bytes=_most_memory(self.ranks.device),
+            alignment=health.get("alignment"),
+            uniformity=health.get("uniformity"),
+            effective_rank=health.get("effective_rank"),
+            duplicate_key_frac=health.get("duplicate_key_frac"),
+            knn_accuracy=score,
         )
         if self.ranks.speaks:
             self._log.add(metrics)
+        if self._board is not None:
+            self._board.add(metrics)
         if self._show is not None:
             self._show(metrics)
-        self._check(metrics, replaced=round(replaced))
+        self._check(replaced=round(replaced))
         self._sums.reset()
 
-    def _check(self, metrics: StepMetrics, *, replaced: int) -> None:
-        """Stop a run that cannot become good; before it is saved."""
-        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-            raise TrainError(
-                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; start "
-                "again from the last checkpoint with a lower optim.lr or a longer "
-                "optim.lr_warmup_steps"
-            )
+    def _check(self, *, replaced: int) -> None:
+        """Stop a run whose data are too bad; before it is saved."""
         self._replaced += replaced
         # The loader keeps the same budget for its own rank; this one is for all of them together.
         seen = self.data_config.global_batch_size * (self.step - self._first_counted)
         if self._replaced > max(ALLOWED_BAD, self.data_config.max_bad_frac * seen):
             raise BadDataError(
                 f"step {self.step}: {self._replaced} bad samples had to be replaced, more than "
-                f"data.max_bad_frac {self.data_config.max_bad_frac} of {seen}; pack the bucket "
-                "again, or raise data.max_bad_frac"
+                f"data.max_bad_frac {self.data_config.max_bad_frac} of {seen}; "
+                f"{self.store.url}/quarantine lists them: pack the bucket again, or raise "
+                "data.max_bad_frac"
             )
 
     def _save(self) -> None:
         """A checkpoint; the rows that led to it first, so that no step is lost between them."""
         self._log.flush(next_step=self.step + 1)
         if self.ranks.speaks:
-            url = save_checkpoint(
-                self.store, self.state_dict(), keep=self.run_config.keep_checkpoints
-            )
-            logger.info("saved %s", url)
-        # A rank that left now would make its launcher end the one that is saving.
-        barrier(self.ranks)
+            best = self._best[1] if self._best else None
+            self._sums.stall_s += self._writer.save(self.state_dict(), best=best)
+
+    def _open_knn(self) -> OnlineKnn | None:
+        run, data = self.run_config, self.data_config
+        if not run.knn_labels:
+            return None
+        shards = run.knn_shards or (data.shards[0] if data.shards else "")
+        if not shards:
+            raise ConfigError("run.knn_labels needs a shard set: give run.knn_shards")
+        return OnlineKnn(
+            ShardSet.open(shards),
+            run.knn_labels,
+            num_images=run.knn_images,
+            view_size=data.view_size,
+            loader=data.loader,
+            ranks=self.ranks,
+        )
 
     def _resume(self) -> None:
         self._replaced = 0
@@ -370,6 +495,9 @@ class Trainer:
             raise error or CheckpointError(problem)
         if url:
             self.load_state_dict(found or load_checkpoint(url))
+        elif self.run_config.init:
+            weights, is_behind = load_weights(self.run_config.init)
+            self.model.begin_with(weights, where=self.run_config.init, is_behind=is_behind)
         self._first_counted = self.step
 
     def _find_checkpoint(self, asked: str) -> Checkpoint | None:
@@ -395,6 +523,12 @@ class Trainer:
             except UserError as err:
                 logger.warning("the last metrics could not be written: %s", err)
             raise
+
+
+def _most_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _StopSignals:
@@ -424,24 +558,26 @@ class _StopSignals:
 
 
 class _HostCopy:
-    """Reads a number off the device without stalling it: on an accelerator, one call late."""
+    """Reads numbers off the device without stalling it: on an accelerator, one call late."""
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def read(self, value: Tensor) -> float:
-        if value.device.type == "cpu":
-            return float(value)
+    def read(self, values: Tensor) -> list[float]:
+        if values.device.type == "cpu":
+            numbers: list[float] = values.tolist()
+            return numbers
         previous = self._pending
-        host = torch.empty((), dtype=value.dtype, pin_memory=True)
-        host.copy_(value, non_blocking=True)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
         event.record()
         self._pending = (host, event)
         if previous is None:
-            return 0.0
+            return [0.0] * len(values)
         previous[1].synchronize()  # of the step before: this one is already queued behind it
-        return float(previous[0])
+        late: list[float] = previous[0].tolist()
+        return late
 
 
 class _Sums:
@@ -454,21 +590,30 @@ class _Sums:
     def reset(self) -> None:
         self.steps = 0
         self.wait_s = 0.0
+        self.stall_s = 0.0
+        """Seconds that saving held the step up."""
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._accuracy = torch.zeros_like(self._loss)
         self._replaced = torch.zeros_like(self._loss)
+        self._finite = torch.zeros_like(self._loss)
         self._started = time.perf_counter()
 
-    def add(self, output: StepOutput, replaced: Tensor) -> None:
+    def add(self, output: StepOutput, *, replaced: Tensor, is_finite: Tensor) -> None:
         self.steps += 1
-        self._loss += output.loss.detach()
-        self._accuracy += output.lookup_accuracy
+        # A loss that is not finite makes the gradient so: such a step counts in neither mean.
+        self._loss += torch.where(is_finite, output.loss, 0.0)
+        self._accuracy += torch.where(is_finite, output.lookup_accuracy, 0.0)
         self._replaced += replaced
+        self._finite += is_finite
 
     def row(self, grad_norm: Tensor) -> Tensor:
-        """1 x 6: loss, accuracy, replaced, gradient norm, seconds waited, seconds elapsed."""
-        summed = torch.stack([self._loss, self._accuracy, self._replaced, grad_norm.double()])
+        """1 x 8: loss, accuracy, replaced, gradient norm and finite steps; seconds that were
+        waited for data, held up by saving, and passed."""
+        summed = torch.stack(
+            [self._loss, self._accuracy, self._replaced, grad_norm.double(), self._finite]
+        )
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the seconds count work, not its launching
-        host = torch.tensor([self.wait_s, time.perf_counter() - self._started], dtype=torch.float64)
+        elapsed_s = time.perf_counter() - self._started
+        host = torch.tensor([self.wait_s, self.stall_s, elapsed_s], dtype=torch.float64)
         return torch.cat([summed, host.to(self._device)]).unsqueeze(0)

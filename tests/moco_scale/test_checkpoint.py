@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,17 @@ import torch
 
 from moco_scale.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     check_fits,
     checkpoint_path,
     latest,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
     saved_steps,
 )
 from moco_scale.errors import CheckpointError
+from shards.errors import AccessError
 from shards.store import Store, open_store
 
 SETTINGS = {
@@ -24,6 +28,7 @@ SETTINGS = {
     "stem": "imagenet",
     "mlp_head": True,
     "dim": 4,
+    "dictionary": "queue",
     "queue_size": 8,
     "momentum": 0.9,
 }
@@ -38,6 +43,7 @@ def checkpoint(step: int) -> Checkpoint:
         loader={"epoch": 1, "set_id": "abc"},
         rng={"cpu": torch.get_rng_state()},
         config={"model": SETTINGS},
+        best=None,
         versions={"torch": "2"},
         world_size=2,
     )
@@ -127,7 +133,7 @@ def test_a_pickle_that_runs_code_is_not_loaded(store: Store) -> None:
     import io
 
     written = io.BytesIO()
-    torch.save({"format": 1, "model": Path("/")}, written)
+    torch.save({"format": 2, "model": Path("/")}, written)
     data = written.getvalue()
     store.put(checkpoint_path(1), data)
     store.put(f"{checkpoint_path(1)}.sha256", hashlib.sha256(data).hexdigest().encode())
@@ -164,3 +170,69 @@ def test_other_tensors_are_refused_by_name() -> None:
     ):
         with pytest.raises(CheckpointError, match=word):
             check_fits(saved, model=model, config=settings)
+
+
+def test_a_writer_saves_what_was_there_though_training_goes_on(store: Store) -> None:
+    saved = checkpoint(1)
+    with closing(CheckpointWriter(store, keep=3)) as writer:
+        writer.save(saved)
+        saved.model["encoder_q.fc.weight"].fill_(99)
+        saved.optimizer["state"][0]["momentum_buffer"].fill_(99)
+        writer.wait()
+
+    found = latest(store)
+
+    assert torch.equal(found.model["encoder_q.fc.weight"], torch.full((4, 3), 1.0))
+    assert torch.equal(found.optimizer["state"][0]["momentum_buffer"], torch.ones(3))
+
+
+def test_what_a_writer_could_not_write_is_an_error_of_the_next_call() -> None:
+    class Refusing:
+        def put(self, path: str, *_: object) -> str:
+            raise AccessError(f"{path}: access denied")
+
+    with closing(CheckpointWriter(Refusing(), keep=3)) as writer:
+        writer.save(checkpoint(1))
+        with pytest.raises(AccessError, match=r"step-000000001\.pt: access denied"):
+            writer.save(checkpoint(2))
+
+
+def test_a_checkpoint_is_laid_out_as_the_published_ones(store: Store) -> None:
+    url = save_checkpoint(store, checkpoint(7), keep=3)
+
+    content = torch.load(url, map_location="cpu", weights_only=True)
+
+    assert set(content["state_dict"]) == {"module.encoder_q.fc.weight", "module.queue"}
+    assert (content["arch"], content["epoch"]) == ("resnet18", 1)
+    assert load_weights(url)[0].keys() == checkpoint(7).model.keys()
+    assert load_weights(url)[1] is False
+
+
+def test_weights_of_a_published_checkpoint_are_read(tmp_path: Path) -> None:
+    content = {
+        "epoch": 200,
+        "arch": "resnet50",
+        "state_dict": {"module.encoder_q.a": torch.ones(1)},
+    }
+    torch.save(content, tmp_path / "moco.pth.tar")
+    torch.save({"state_dict": {"fc.weight": torch.ones(1)}}, tmp_path / "other.pth.tar")
+    (tmp_path / "page.pth.tar").write_text("<html>")
+
+    weights, is_behind = load_weights(str(tmp_path / "moco.pth.tar"))
+
+    assert list(weights) == ["encoder_q.a"]
+    assert is_behind
+    for name, said in (
+        ("other.pth.tar", "no encoder_q"),
+        ("page.pth.tar", "not a checkpoint"),
+        ("none.pth.tar", "no checkpoint at"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            load_weights(str(tmp_path / name))
+
+
+def test_the_best_is_kept_beside_the_newest(store: Store) -> None:
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+        save_checkpoint(store, checkpoint(step), keep=2, best=best)
+
+    assert saved_steps(store) == [2, 4, 5]

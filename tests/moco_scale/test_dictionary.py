@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from moco_scale.dictionary import KeyQueue
+from moco_scale.dictionary import KeyQueue, MemoryBank
+from moco_scale.distributed import one_rank
+from moco_scale.errors import TrainError
 
 IDS = np.arange(0)
 
@@ -18,7 +20,7 @@ def test_the_queue_holds_the_newest_keys_at_any_size(queue_size: int, keys_per_s
         numbers = [step * keys_per_step + i for i in range(keys_per_step)]
         seen += numbers
         keys = torch.tensor([[number, -number] for number in numbers], dtype=torch.float32)
-        queue.update(keys, keys, IDS)
+        queue.update(keys, keys, IDS, is_finite=torch.tensor(True))
 
     newest = seen[-queue_size:]
     held = queue.queue[0].tolist()
@@ -27,18 +29,23 @@ def test_the_queue_holds_the_newest_keys_at_any_size(queue_size: int, keys_per_s
     assert held[int(queue.queue_ptr) - 1] == seen[-1]
 
 
-def test_logits_are_cosines_with_the_positive_first() -> None:
-    queue = KeyQueue(dim=3, queue_size=5, seed=0)
-    q = torch.nn.functional.normalize(torch.randn(2, 3), dim=1)
-    k = torch.nn.functional.normalize(torch.randn(2, 3), dim=1)
+def test_a_step_that_is_not_finite_leaves_the_queue_and_its_pointer() -> None:
+    queue = KeyQueue(dim=2, queue_size=5, seed=0)
+    before = queue.queue.clone()
+    keys = torch.tensor([[float("nan"), 1.0], [0.0, 1.0]])
 
-    logits, labels = queue.logits(q, k, IDS)
+    queue.update(keys, keys, IDS, is_finite=torch.tensor(False))
 
-    assert logits.shape == (2, 6)
-    assert labels.tolist() == [0, 0]
-    for row in range(2):
-        assert logits[row, 0] == pytest.approx(float(q[row] @ k[row]), abs=1e-6)
-        assert logits[row, 4] == pytest.approx(float(q[row] @ queue.queue[:, 3]), abs=1e-6)
+    assert torch.equal(queue.queue, before)
+    assert int(queue.queue_ptr) == 0
+
+
+def test_a_sample_without_a_row_in_the_bank_is_named() -> None:
+    bank = MemoryBank(dim=2, num_rows=5, num_negatives=3, seed=0, ranks=one_rank())
+    q = torch.ones(1, 2)
+
+    with pytest.raises(TrainError, match=r"sample 5 has no row in the memory bank of 5.*grown"):
+        bank.loss(q, None, np.array([5]), rows=slice(0, 1), step=0, temperature=0.1)
 
 
 def test_the_first_content_is_random_unit_vectors_of_the_seed() -> None:

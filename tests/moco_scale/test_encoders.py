@@ -1,11 +1,14 @@
 """Encoders and the published names of their weights."""
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
 
 from moco_scale.encoders import build_encoder, pooled_features
+from moco_scale.errors import ConfigError
+from moco_scale.group_norm import GroupBatchNorm2d
 from moco_scale.model import ModelConfig
 
 
@@ -70,3 +73,51 @@ def test_other_backbones_have_their_width(name: str, width: int) -> None:
         encoder = build_encoder(ModelConfig(backbone=name, dim=8, mlp_head=False), seed=0)
 
     assert encoder.get_submodule("fc").in_features == width
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet_v3_small",
+        "convnext_tiny",
+        "timm/resnet26d",
+        "timm/efficientnet_b0",
+        "timm/convnext_atto",
+    ],
+)
+@pytest.mark.parametrize("mlp_head", [False, True])
+def test_backbones_of_both_libraries_encode_in_bn_groups(name: str, mlp_head: bool) -> None:
+    config = ModelConfig(backbone=name, dim=24, mlp_head=mlp_head, bn_sub_batch=2)
+    encoder = build_encoder(config, seed=0)
+    images = torch.randn(4, 3, 64, 64)
+
+    encoder.eval()
+    whole = encoder(images)
+    features = pooled_features(encoder, images)
+    head = encoder.get_submodule(encoder.head_path)
+    encoder.train()
+    encoder(images).sum().backward()
+
+    assert whole.shape == (4, 24)
+    torch.testing.assert_close(head(features), whole)
+    assert isinstance(head, nn.Sequential) == mlp_head
+    layers = [one for one in encoder.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(one, GroupBatchNorm2d) and one.num_groups == 2 for one in layers)
+
+
+def test_a_timm_layer_with_its_activation_is_what_timm_computes() -> None:
+    plain = timm.create_model("efficientnet_b0", num_classes=24).eval()
+    encoder = build_encoder(
+        ModelConfig(backbone="timm/efficientnet_b0", dim=24, mlp_head=False), seed=0
+    ).eval()
+    encoder.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+
+    torch.testing.assert_close(encoder(images), plain(images))
+
+
+def test_a_stem_that_is_not_there_is_not_replaced() -> None:
+    config = ModelConfig(backbone="convnext_tiny", stem="cifar")
+
+    with pytest.raises(ConfigError, match=r"'convnext_tiny' has not.*model\.stem imagenet"):
+        build_encoder(config, seed=0)

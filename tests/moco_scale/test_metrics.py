@@ -1,21 +1,26 @@
 """Metrics and the ledger: parts of all ranks, merged by step."""
 
+import dataclasses
 import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moco_scale.metrics import (
     MetricsLog,
     StepMetrics,
     forget_after,
+    open_board,
     read_ledger,
     read_metrics,
+    read_quarantine,
 )
 from pipelines.loader import Batch
 from shards.store import open_store
+from tests.support.fake_loader import bad_sample
 
 
 def row(step: int, *, loss: float = 1.0) -> StepMetrics:
@@ -29,15 +34,25 @@ def row(step: int, *, loss: float = 1.0) -> StepMetrics:
         samples_per_s=100.0,
         step_s=0.1,
         data_wait_frac=0.25,
+        checkpoint_stall_ms=3.0,
         queue_filled_frac=1.0,
         world_size=2,
+        last_step=100,
+        skipped_steps=0,
+        queue_age_steps=4.0,
+        memory_bytes=2**30,
+        alignment=0.5,
+        uniformity=-2.0,
+        effective_rank=5.0,
+        duplicate_key_frac=0.0,
+        knn_accuracy=None,
     )
 
 
 def batch(*positions: int) -> Batch:
     views = torch.zeros(len(positions), 3, 2, 2)
     numbers = np.array(positions, dtype=np.int64)
-    return Batch(views, views, sample_ids=100 + numbers, positions=numbers, num_replaced=0)
+    return Batch(views, views, sample_ids=100 + numbers, positions=numbers)
 
 
 @pytest.fixture
@@ -109,3 +124,34 @@ def test_without_a_ledger_nothing_is_kept_and_a_run_without_rows_reads_empty(
 
     assert read_ledger(url) == {}
     assert read_metrics(str(tmp_path / "nothing")) == []
+
+
+def test_bad_samples_are_written_down_with_their_step_and_forgotten_with_it(url: str) -> None:
+    bad = [bad_sample(position) for position in (4, 9)]
+    for rank, one in enumerate(bad):
+        log = MetricsLog(open_store(url), rank=rank, ledger=False, first_step=1)
+        log.consumed(1 + rank, dataclasses.replace(batch(3, 4), replaced=(one,)))
+        log.flush(next_step=3)
+
+    found = read_quarantine(url)
+
+    assert [(row["step"], row["position"], row["shard"]) for row in found] == [
+        (1, 4, bad[0].shard),
+        (2, 9, bad[1].shard),
+    ]
+    assert all("checksum" in row["reason"] for row in found)
+    forget_after(open_store(url), 0)
+    assert read_quarantine(url) == []
+
+
+def test_the_same_rows_are_scalars_for_tensorboard(tmp_path: Path) -> None:
+    board = open_board(str(tmp_path))
+    assert board is not None
+    board.add(row(2, loss=3.5))
+    board.add(dataclasses.replace(row(4), knn_accuracy=0.75))
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+
+    assert [(one.step, one.value) for one in events.Scalars("loss")] == [(2, 3.5), (4, 1.0)]
+    assert [(one.step, one.value) for one in events.Scalars("knn_accuracy")] == [(4, 0.75)]
+    assert open_board("") is None

@@ -1,12 +1,14 @@
 """MoCo's settings, names and reproducibility; its arithmetic is in test_step.py."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from moco_scale.batch_shuffle import key_order
 from moco_scale.distributed import one_rank
 from moco_scale.encoders import build_encoder
-from moco_scale.errors import ConfigError
+from moco_scale.errors import CheckpointError, ConfigError
 from moco_scale.model import MoCo, ModelConfig
 
 SMALL = ModelConfig(
@@ -14,8 +16,11 @@ SMALL = ModelConfig(
 )
 
 
-def build(config: ModelConfig = SMALL, *, seed: int = 0) -> MoCo:
-    return MoCo(build_encoder(config, seed=seed), config, seed=seed, ranks=one_rank())
+def build(
+    config: ModelConfig = SMALL, *, seed: int = 0, autocast: torch.dtype | None = None
+) -> MoCo:
+    encoder = build_encoder(config, seed=seed)
+    return MoCo(encoder, config, seed=seed, ranks=one_rank(), autocast=autocast)
 
 
 def test_state_dict_has_the_published_names_and_loads_again() -> None:
@@ -65,8 +70,9 @@ def test_a_domain_that_shuffles_nothing_is_refused(domain: int) -> None:
 
 
 def test_an_unknown_backbone_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"model\.backbone 'resnet9'.*resnet18.*wide_resnet50_2"):
-        ModelConfig(backbone="resnet9")
+    for name in ("resnet9", "timm/resnet9"):
+        with pytest.raises(ConfigError, match=rf"model\.backbone '{name}' is not known.*resnet"):
+            ModelConfig(backbone=name)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +85,40 @@ def test_settings_out_of_range_are_refused_by_name(name: str, value: float) -> N
 
 
 def test_bf16_encoders_give_full_precision_embeddings_and_queue() -> None:
-    model = build()
+    model = build(autocast=torch.bfloat16)
     views = torch.randn(8, 3, 16, 16)
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(views, views, sample_ids=torch.arange(8).numpy(), step=0)
-    output.loss.backward()
-    model.update(output)
+    output = model.backward(views, views, sample_ids=torch.arange(8).numpy(), step=0)
+    model.update(output, is_finite=torch.tensor(True))
 
     assert output.loss.dtype == output.keys.dtype == torch.float32
     torch.testing.assert_close(output.keys.norm(dim=1), torch.ones(8))
     assert torch.equal(model.queue[:, :8], output.keys.T)
+
+
+def test_a_run_begins_with_a_published_checkpoint_one_moving_average_ahead() -> None:
+    published = {name: tensor.clone() for name, tensor in build(seed=1).state_dict().items()}
+    for name, tensor in published.items():
+        if name.startswith("encoder_q.") and tensor.is_floating_point():
+            tensor += 1
+    model = build()
+
+    model.begin_with(published, where="x", is_behind=True)
+
+    state = model.state_dict()
+    assert torch.equal(state["encoder_q.conv1.weight"], published["encoder_q.conv1.weight"])
+    assert torch.equal(state["queue"], published["queue"])
+    torch.testing.assert_close(
+        state["encoder_k.conv1.weight"], published["encoder_k.conv1.weight"] + 0.001
+    )
+    model.begin_with(published, where="x", is_behind=False)
+    assert torch.equal(
+        model.state_dict()["encoder_k.conv1.weight"], published["encoder_k.conv1.weight"]
+    )
+
+
+def test_weights_of_another_architecture_are_refused_by_name() -> None:
+    other = build(dataclasses.replace(SMALL, dim=4)).state_dict()
+
+    with pytest.raises(CheckpointError, match=r"x: encoder_q\.fc\.weight is \(4, 512\)"):
+        build().begin_with(other, where="x", is_behind=False)

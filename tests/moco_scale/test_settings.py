@@ -84,7 +84,7 @@ def test_later_presets_and_flags_win(tmp_path: Path) -> None:
     assert config.model.queue_size == 20
     assert config.model.momentum == 0.5
     assert config.model.dim == 7
-    assert config.data.shards == "x"
+    assert config.data.shards == ("x",)
     assert config.run.url == "there"
 
 

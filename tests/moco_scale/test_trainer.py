@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def build(
     max_bad_frac: float = 0.01,
     checkpoint_every: int = 5,
     progress: Callable[[StepMetrics], None] | None = None,
+    view_dtype: torch.dtype = torch.float32,
+    bf16: Literal["on", "off"] = "off",
 ) -> Trainer:
     """Twelve steps: three epochs of four."""
     ranks = ranks or one_rank()
@@ -61,8 +64,11 @@ def build(
             log_every=2,
             checkpoint_every=checkpoint_every,
             ledger=True,
+            bf16=bf16,
         ),
-        loader=FakeLoader(ranks, global_batch_size=BATCH, num_replaced=num_replaced),
+        loader=FakeLoader(
+            ranks, global_batch_size=BATCH, num_replaced=num_replaced, dtype=view_dtype
+        ),
         ranks=ranks,
         progress=progress,
         encoder=small_encoder(),
@@ -260,8 +266,16 @@ def test_metrics_say_what_happened(url: str) -> None:
         assert row.grad_norm > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(url: str) -> None:
-    with pytest.raises(TrainError, match=r"step \d+: loss .*optim\.lr"):
+@pytest.mark.parametrize("bf16", ["on", "off"])
+@pytest.mark.parametrize("view_dtype", [torch.uint8, torch.float16, torch.float32])
+def test_a_run_takes_views_of_any_type(
+    url: str, view_dtype: torch.dtype, bf16: Literal["on", "off"]
+) -> None:
+    assert build(url, max_steps=1, view_dtype=view_dtype, bf16=bf16).run().step == 1
+
+
+def test_a_run_that_is_broken_for_good_stops_and_saves_none_of_it(url: str) -> None:
+    with pytest.raises(TrainError, match=r"step 12: 11 steps in a row .*skipped.*optim\.lr"):
         build(url, lr=1e30, checkpoint_every=4).run()
 
     assert saved_steps(open_store(url)) == []
