@@ -38,6 +38,7 @@ from unittest import mock
 import xxhash
 from PIL import Image
 
+from benchmarks.photos import photo_originals
 from demo.images import CACHE
 from demo.local_s3 import LocalS3
 from shards.pack import PackConfig, pack
@@ -477,7 +478,7 @@ def _photos(count: int) -> list[Path]:
     folder = CACHE / f"photos-{count}"
     if not folder.exists():
         print(f"cutting {count:,} photos ...", flush=True)
-        originals, begun = _originals(), folder.with_suffix(".begun")
+        originals, begun = photo_originals(PIXELS), folder.with_suffix(".begun")
         begun.mkdir(parents=True, exist_ok=True)
         photos = [begun / f"{number:06}.jpg" for number in range(count)]
         with ProcessPoolExecutor(WORKERS) as pool:
@@ -485,30 +486,6 @@ def _photos(count: int) -> list[Path]:
             list(pool.map(_cut, shares, originals))
         begun.rename(folder)
     return sorted(folder.iterdir())
-
-
-def _originals() -> list[Path]:
-    found = []
-    for package in ("opencv-doc", "plasma-workspace-wallpapers"):
-        folder = CACHE / "unpacked" / package
-        if not folder.exists():
-            print(f"fetching {package} with apt-get ...", flush=True)
-            with tempfile.TemporaryDirectory() as download:
-                command = ["apt-get", "download", "-qq", package]
-                subprocess.run(command, check=True, cwd=download, stderr=subprocess.DEVNULL)
-                (archive,) = Path(download).glob("*.deb")
-                subprocess.run(["dpkg-deb", "-x", archive, folder], check=True)
-        found += sorted(path for path in folder.rglob("*") if _is_photo(path))
-    return found
-
-
-def _is_photo(path: Path) -> bool:
-    """Not a thumbnail, drawing or link: they are PNG, small, or have few bytes a pixel."""
-    if path.suffix.lower() not in (".jpg", ".jpeg") or path.is_symlink():
-        return False
-    with Image.open(path) as image:
-        pixels = image.width * image.height
-        return image.mode == "RGB" and pixels >= PIXELS and path.stat().st_size > pixels / 10
 
 
 def _cut(photos: Sequence[Path], original: Path) -> None:
