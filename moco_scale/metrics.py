@@ -166,7 +166,12 @@ def forget_after(store: Store, step: int) -> None:
 
 def read_metrics(run_url: str) -> list[StepMetrics]:
     """A run's figures, by step."""
-    rows = {row["step"]: StepMetrics(**row) for row in _rows(open_store(run_url), "metrics")}
+    names = [field.name for field in dataclasses.fields(StepMetrics)]
+    rows = {
+        # What an older version did not write is not known.
+        row["step"]: StepMetrics(**{name: row.get(name) for name in names})
+        for row in _rows(open_store(run_url), "metrics")
+    }
     return [rows[step] for step in sorted(rows)]
 
 

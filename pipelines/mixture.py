@@ -110,9 +110,8 @@ class Mixture:
     @property
     def num_ids(self) -> int:
         """Sample ids are below it, as long as no set grows."""
-        return max(
-            source.first_id + int(source.shard_set.slots.sum()) for source in self.sources.values()
-        )
+        sources = list(self.sources.values())
+        return max(one.first_id + int(one.shard_set.slots.sum()) for one in sources)
 
     def start(self) -> Place:
         """The place before the first sample."""

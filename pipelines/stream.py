@@ -162,7 +162,8 @@ class Stream:
 
     def describe(self) -> str:
         """The state of the stages, for the message of a stall."""
-        reads = sorted(self._running.values(), key=lambda one: one[1])
+        # Other threads add and remove meanwhile: a copy first, in one go.
+        reads = sorted(list(self._running.values()), key=lambda one: one[1])
         oldest = "none"
         if reads:
             where, began = reads[0]
@@ -174,7 +175,8 @@ class Stream:
         )
 
     def stats(self) -> StreamStats:
-        stores = {id(one.shard_set.tars): one.shard_set.tars for one in self._sources.values()}
+        sources = list(self._sources.values())  # in one go: the stream's thread may add one
+        stores = {id(one.shard_set.tars): one.shard_set.tars for one in sources}
         said = [store.stats() for store in stores.values()]
         return StreamStats(
             read_bytes=self._reader.read_bytes,

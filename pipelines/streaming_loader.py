@@ -25,7 +25,6 @@ from pipelines.synthetic import HeadspaceLoader, SyntheticLoader
 from pipelines.view_maker import ViewMaker, Views, open_view_maker
 from pipelines.views import ViewParams, evaluation_views, pair_of_views
 from shards import ShardSet
-from shards.errors import StoreError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

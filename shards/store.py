@@ -58,7 +58,7 @@ __all__ = [
 READ_THREADS = 16
 _LIST_CHUNK = 1_000  # one answer of S3: who stops early has asked for no more than it read
 _LIST_PAGE = 1000
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**18
 _NO_RETRY: Any = {"max_retries": 0}  # `Requests` tries again: it sees, counts and slows down
 
 
