@@ -166,10 +166,10 @@ def forget_after(store: Store, step: int) -> None:
 
 def read_metrics(run_url: str) -> list[StepMetrics]:
     """A run's figures, by step."""
-    names = [field.name for field in dataclasses.fields(StepMetrics)]
+    unknown: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(StepMetrics))
     rows = {
         # What an older version did not write is not known.
-        row["step"]: StepMetrics(**{name: row.get(name) for name in names})
+        row["step"]: StepMetrics(**(unknown | row))
         for row in _rows(open_store(run_url), "metrics")
     }
     return [rows[step] for step in sorted(rows)]

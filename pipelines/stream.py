@@ -162,8 +162,7 @@ class Stream:
 
     def describe(self) -> str:
         """The state of the stages, for the message of a stall."""
-        # Other threads add and remove meanwhile: a copy first, in one go.
-        reads = sorted(list(self._running.values()), key=lambda one: one[1])
+        reads = sorted(self._running.values(), key=lambda one: one[1])
         oldest = "none"
         if reads:
             where, began = reads[0]

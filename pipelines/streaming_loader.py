@@ -25,6 +25,7 @@ from pipelines.synthetic import HeadspaceLoader, SyntheticLoader
 from pipelines.view_maker import ViewMaker, Views, open_view_maker
 from pipelines.views import ViewParams, evaluation_views, pair_of_views
 from shards import ShardSet
+from shards.errors import ShardError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -303,7 +304,7 @@ class StreamingLoader:
             versions[number] = now = self._place.sets[number].version
             try:
                 found = known.at(None)
-            except StoreError as err:
+            except ShardError as err:
                 logger.warning(
                     "the next epoch of %s stays with version %d: %s", known.url, now, err
                 )
