@@ -29,7 +29,8 @@ def fuzz(path: Path, *, batches: int, timeout_s: float) -> None:
     run = subprocess.run(
         [*command, "--batches", str(batches)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # decoders print bytes of what is damaged
         timeout=timeout_s,
         check=False,
     )
