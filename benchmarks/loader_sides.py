@@ -84,13 +84,14 @@ def _stream(
     return Stream(
         {0: Source(shard_set=shard_set, first_id=0)},
         needs(),
+        num_lanes=lanes,
         block=BLOCK,
         seed=SEED,
         prefetch_batches=PREFETCH,
         buffer_bytes=buffer_bytes,
         max_pixels=10**8,
         wait_timeout_s=120.0,
-        quarantine=Quarantine(max_bad_frac=0.0),
+        quarantine=Quarantine(max_bad_frac=0.0, world_size=1),
         on_bad="replace",
     )
 

@@ -119,22 +119,30 @@ class BlockReader:
         """Count bytes before they are read."""
         with self._lock:
             self._held_bytes += size
-            self.peak_held_bytes = max(self.peak_held_bytes, self.held_bytes)
+            self.peak_held_bytes = max(self.peak_held_bytes, self._less_what_was_freed())
 
     def let_go(self, size: int) -> None:
-        """Count bytes that will not be read after all."""
+        """Count bytes that will not be read after all. Takes no lock."""
         self._freed.append(size)
 
     @property
     def held_bytes(self) -> int:
         """Bytes on their way, here, or still used by a batch, whoever has it by now."""
-        # A buffer is freed wherever its last user is, perhaps inside a lock: so not under ours.
+        with self._lock:
+            return self._less_what_was_freed()
+
+    def _less_what_was_freed(self) -> int:
+        # A buffer is freed wherever its last user is, perhaps under this very lock: so what is
+        # freed is only noted there, and subtracted here.
         while self._freed:
             self._held_bytes -= self._freed.popleft()
         return self._held_bytes
 
     def read(self, source: int, shard: int, first: int, stop: int) -> Block:
-        """Samples [first, stop) of a shard; their bytes must have been counted by `hold`.
+        """Samples [first, stop) of a shard.
+
+        Their bytes must have been counted by `hold`; they are let go when the last view of them is
+        gone, or when this raises.
 
         Raises:
             StoreError: the store failed for good; never a bad sample.
@@ -146,9 +154,12 @@ class BlockReader:
         try:
             found = self._fetch(source, shard, start, start + size, lambda _: slab.data[:size])
         except BaseException:
-            self._let_go_of(slab, 0)
+            self._let_go_of(slab, size)
             raise
         buffer = np.frombuffer(found, dtype=np.uint8)
+        if not np.may_share_memory(buffer, slab):  # a store that reads into memory of its own
+            self._let_go_of(slab, 0)
+            slab = buffer[:0]
         # The views of the samples hold `buffer`, and that holds the slab. (A slice of the slab
         # itself would not do: numpy lets views of a view hold the first owner alone.)
         weakref.finalize(buffer, self._let_go_of, slab, size).atexit = False

@@ -40,6 +40,8 @@ class CpuViews:
     def make(
         self, batches: Iterator[EncodedBatch], repair: Repair
     ) -> Generator[tuple[EncodedBatch, Views], None, None]:
+        if self._device.type == "cuda":  # of this thread: else pinned memory is another device's
+            torch.cuda.set_device(self._device)
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="views") as pool:
             for batch in batches:
                 good, views = self._make_one(batch, repair, pool)

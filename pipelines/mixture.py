@@ -80,6 +80,7 @@ class Mixture:
         self._decided: dict[tuple[int, int], int] = {}
         self._changed = threading.Condition()
         self._weights = tuple(weights)
+        self._next_source = 0
         self.shard_sets = list(shard_sets)
         self.lanes = lanes
         self.sources: dict[int, Source] = {}
@@ -89,7 +90,12 @@ class Mixture:
     def _deal(self, samples: Sequence[int]) -> None:
         # A set of no samples gets a lane, so that its order says what is wrong.
         weights = self._weights or [max(1, count) for count in samples]
-        self._set_lanes(share_lanes(self.lanes, weights))
+        shares = share_lanes(self.lanes, weights)
+        if not self._weights and len(shares) <= self.lanes:
+            while 0 in shares:  # no set is so small beside the others that it is left out
+                shares[shares.index(0)] += 1
+                shares[shares.index(max(shares))] -= 1
+        self._set_lanes(shares)
         for number in range(len(self.shard_sets)):
             if not self.lanes_of[number]:
                 raise OrderError(
@@ -192,6 +198,11 @@ class Mixture:
                     break
                 version = self._decided[number, epoch]
         return found
+
+    def last_decided(self, place: Place, number: int) -> int:
+        """The version that a set has in the last epoch that is decided on."""
+        one = place.sets[number]
+        return [one.version, *self._decided_after(number, one.epoch)][-1]
 
     def decide(self, versions: Mapping[tuple[int, int], int]) -> None:
         """Let an epoch of a set have a version, by set and epoch.
@@ -319,7 +330,8 @@ class Mixture:
             order = Order(
                 shard_set.samples, seed=seed, lanes=self.lanes_of[number], block=self._block
             )
-            source = max(self.sources, default=-1) + 1
+            source = self._next_source  # never used again: the stream remembers things by it
+            self._next_source += 1
             self.sources[source] = Source(shard_set=shard_set, first_id=number << _IDS_PER_SET_BITS)
             opened = _Opened(order=order, source=source, num_samples=shard_set.num_samples)
             self._opened[key] = opened

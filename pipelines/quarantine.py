@@ -36,10 +36,15 @@ class BadSample:
 
 
 class Quarantine:
-    """What was bad so far in this process, against the budget. Safe to use from many threads."""
+    """What was bad so far in this process, against the budget. Safe to use from many threads.
 
-    def __init__(self, *, max_bad_frac: float) -> None:
+    The budget is one for all ranks, and the trainer keeps it, at a step that all of them agree on.
+    What ends one rank alone is more than all of them together may have.
+    """
+
+    def __init__(self, *, max_bad_frac: float, world_size: int) -> None:
         self._max_bad_frac = max_bad_frac
+        self._world_size = world_size
         self._records: list[BadSample] = []
         self._seen = 0
         self._lock = threading.Lock()
@@ -60,10 +65,11 @@ class Quarantine:
         )
         with self._lock:
             self._records.append(bad)
-            count, allowed = len(self._records), self._max_bad_frac * self._seen
+            count, seen = len(self._records), self._seen * self._world_size
+            allowed = self._max_bad_frac * seen
         if count > max(ALLOWED_BAD, allowed):
             raise BadDataError(
-                f"{count} of {self._seen} samples were bad, more than data.max_bad_frac "
+                f"{count} of {seen} samples were bad, more than data.max_bad_frac "
                 f"{self._max_bad_frac} allows; the last in {bad.shard}: {bad.reason}; "
                 "run 'moco-scale verify' on the shard set"
             )

@@ -1,10 +1,12 @@
 """Blocks through the store: bounded, checked, on time; encoded samples in the order asked for."""
 
 import logging
+import queue
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +29,7 @@ _READ_THREADS = 16
 _PLANNED_AHEAD, _PLANNED_AT_MOST = 8, 32
 """Batches whose blocks are on their way before the first of them is needed; and, as long as fewer
 reads than threads are under way, how many there may be."""
+_BEING_DECODED = 3  # batches that a view maker works on, and the one that was taken
 _INDEXES_REMEMBERED = 10_000
 _CLOSE_S = 10.0
 _WAKE_S = 0.2  # how soon a waiting stage notices that it was closed
@@ -106,6 +109,7 @@ class Stream:
         sources: Mapping[int, Source],
         needs: Iterator[Need],
         *,
+        num_lanes: int,
         block: int,
         seed: int,
         prefetch_batches: int,
@@ -117,12 +121,15 @@ class Stream:
     ) -> None:
         """Args:
         sources: may get more entries while the stream runs, each before a need that names it.
+        num_lanes: how many there will be in all of the needs together.
         seed: of the substitutes.
         max_pixels: larger images are bad.
         on_bad: put another sample of the block in a bad one's place, or leave the place out.
         """
         self._sources = sources
         self._needs = needs
+        self._num_lanes = num_lanes
+        self._prefetch = prefetch_batches
         self._block = block
         self._seed = seed
         self._buffer_bytes = buffer_bytes
@@ -141,7 +148,7 @@ class Stream:
         self._indexed: set[tuple[int, int]] = set()
         self._running: dict[Future[Any], tuple[str, float]] = {}
         self._closed = False
-        self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="block-read")
+        self._pool = _Readers(_READ_THREADS)
         self._ahead = Ahead(self._batches(), size=max(1, prefetch_batches), name="stream")
 
     def __iter__(self) -> Iterator[EncodedBatch]:
@@ -214,13 +221,11 @@ class Stream:
     def close(self) -> None:
         """Stop the threads and let the blocks go; harmless twice."""
         self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.stop()
         joined = self._ahead.close(timeout_s=_CLOSE_S)
         _, late = wait(list(self._running), timeout=_CLOSE_S)
-        if late or not joined:
+        if late or not joined or not self._pool.join(timeout_s=_CLOSE_S):
             logger.warning("%d reads did not end in time: %s", len(late), self.describe())
-        else:
-            self._pool.shutdown(wait=True)
         self._live.clear()
 
     # Everything below runs in the stream's thread, except reads (pool) and repair (its caller's).
@@ -238,9 +243,11 @@ class Stream:
                 self._room_for_blocks = self._divide_room(need)
             if len(changes):
                 self._load_indexes(need, changes)
-            while planned and (len(planned) == _PLANNED_AHEAD or not self._has_room(keys, changes)):
+            while planned and (
+                self._is_far_enough(len(planned)) or not self._has_room(keys, changes)
+            ):
                 yield self._assemble(planned.popleft())
-            planned.append(self._plan(need, keys, changes))
+            planned.append(self._plan(need, keys, changes, planned))
         while planned and not self._closed:
             yield self._assemble(planned.popleft())
         self._live.clear()
@@ -266,8 +273,14 @@ class Stream:
             incoming = sum(map(self._block_size, new))
         return self._reader.held_bytes + incoming <= self._buffer_bytes
 
-    def _plan(self, need: Need, keys: NDArray[np.int64], changes: NDArray[np.intp]) -> "_Planned":
-        """Start the reads of one batch; say which blocks may go after it."""
+    def _plan(
+        self,
+        need: Need,
+        keys: NDArray[np.int64],
+        changes: NDArray[np.intp],
+        planned: "deque[_Planned]",
+    ) -> "_Planned":
+        """Start the reads of one batch; say of the batches before it which blocks may go then."""
         left: list[int] = []
         for place in changes.tolist():
             lane, key = int(need.lanes[place]), int(keys[place])
@@ -278,19 +291,27 @@ class Stream:
                 left.append(before)
             self._holders[key] += 1
             self._lane_key[lane] = key
+        # The batch before was the last that needs what was left now.
+        if planned:
+            planned[-1].left.extend(left)
+        else:
+            self._release(left)
+        for key in dict.fromkeys(keys[changes].tolist()):
             if key not in self._live:
                 self._live[key] = self._admit(key)
         live = self._live
         readings = [live[key] or self._read_one(need, n) for n, key in enumerate(keys.tolist())]
-        return _Planned(need=need, readings=readings, left=left)
+        return _Planned(need=need, readings=readings, left=[])
 
     def _divide_room(self, need: Need) -> int:
         """How many bytes the lanes' blocks may take; says so if they are not to have room."""
         sets = [self._sources[int(n)].shard_set for n in np.unique(need.sources)]
         sample_bytes = sum(s.total_bytes for s in sets) / max(1, sum(s.num_samples for s in sets))
         self._sample_bytes = sample_bytes
-        lanes = len(np.unique(need.lanes))
-        wanted = lanes * sample_bytes * (self._block + _PLANNED_AHEAD)
+        lanes = max(self._num_lanes, len(np.unique(need.lanes)))
+        # A sample that is planned, ready or being decoded keeps its whole block.
+        ahead = _PLANNED_AHEAD + 2 * self._prefetch + _BEING_DECODED
+        wanted = lanes * sample_bytes * (self._block + ahead)
         if wanted <= self._buffer_bytes:
             return self._buffer_bytes
         # Samples that are read one by one need room, too.
@@ -355,11 +376,11 @@ class Stream:
         where = self._reader.uri(source, shard)
         future = self._submit(where, self._reader.read, source, shard, first, stop)
 
-        def let_go_if_not_read(done: "Future[Block]") -> None:
-            if done.cancelled() or done.exception() is not None:
+        def let_go_if_not_begun(done: "Future[Block]") -> None:
+            if done.cancelled():
                 self._reader.let_go(size)
 
-        future.add_done_callback(let_go_if_not_read)
+        future.add_done_callback(let_go_if_not_begun)
         return _Reading(future=future)
 
     def _submit(self, where: str, read: Callable[..., T], *arguments: int) -> "Future[T]":
@@ -477,6 +498,61 @@ class Stream:
         return future.result()
 
 
+class _Readers:
+    """Threads that read.
+
+    Not a ThreadPoolExecutor: the interpreter waits for its threads before it exits, and a read from
+    a file system that has gone may never end.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"block-read-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, read: Callable[..., T], *arguments: int) -> "Future[T]":
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if self._stopped:
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                found = read(*arguments)
+            except BaseException as err:  # whoever waits for the future gets it
+                future.set_exception(err)
+            else:
+                future.set_result(found)
+
+        self._jobs.put(run)
+        return future
+
+    def stop(self) -> None:
+        """Begin no further reads; harmless twice."""
+        if not self._stopped:
+            self._stopped = True
+            for _ in self._threads:
+                self._jobs.put(None)
+
+    def join(self, *, timeout_s: float) -> bool:
+        """Whether all threads have ended in time."""
+        deadline = time.perf_counter() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.perf_counter()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # it holds what it read
+
+
 class _Closed(Exception):
     """The stream was closed while it waited."""
 
@@ -496,7 +572,7 @@ class _Planned:
     need: Need
     readings: Sequence[_Reading]
     left: list[int]
-    """Blocks that a lane has left once this batch is made."""
+    """Blocks that a lane leaves after this batch; grows while the next one is planned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -137,7 +137,7 @@ class StreamingLoader:
         self._rank = rank
         self._world_size = world_size
         self._agree = agree
-        self._quarantine = Quarantine(max_bad_frac=config.max_bad_frac)
+        self._quarantine = Quarantine(max_bad_frac=config.max_bad_frac, world_size=world_size)
         self._place = mixture.start()
         self._samples = 0
         self._replaced = 0
@@ -298,10 +298,11 @@ class StreamingLoader:
             self._mixture.decide({(number, epoch): newest[number] for number, epoch in due})
 
     def _newest(self) -> dict[int, int]:
-        """The newest version of each set; that of now where it cannot be had."""
+        """The newest version of each set; the last that was decided where it cannot be had."""
         versions = {}
         for number, known in enumerate(self._mixture.shard_sets):
-            versions[number] = now = self._place.sets[number].version
+            # Not the one of now: what was decided for an epoch to come is not to be taken back.
+            versions[number] = now = self._mixture.last_decided(self._place, number)
             try:
                 found = known.at(None)
             except ShardError as err:
@@ -323,6 +324,7 @@ class StreamingLoader:
         return Stream(
             self._mixture.sources,
             self._needs(self._place),
+            num_lanes=self._mixture.lanes // self._world_size,
             block=self._config.block_samples,
             seed=self._seed,
             prefetch_batches=self._config.prefetch_batches,
@@ -380,7 +382,7 @@ def iterate_once(
     count = shard_set.num_samples if wanted is None else len(wanted)
     # A block is one request; where few are wanted, the samples between them are not worth reading.
     block = _EVALUATION_BLOCK if count * 8 >= shard_set.num_samples else 1
-    quarantine = Quarantine(max_bad_frac=1.0)
+    quarantine = Quarantine(max_bad_frac=1.0, world_size=1)
     maker = open_view_maker(
         _evaluation_draw,
         loader=loader,
@@ -395,6 +397,7 @@ def iterate_once(
     stream = Stream(
         {0: Source(shard_set=shard_set, first_id=0)},
         _ordinal_needs(shard_set, wanted, batch_size),
+        num_lanes=1,
         block=block,
         seed=0,
         prefetch_batches=2,

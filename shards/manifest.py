@@ -157,6 +157,7 @@ class ShardSet:
         self.metadata = {k.decode(): v.decode() for k, v in raw.items() if k != b"ARROW:schema"}
         self.version = int(self.metadata["version"])
         self._table = shards
+        self._deadline_s = DEADLINE_S
         self._index_paths: list[str] = shards.column("index").to_pylist()
         self._tombstones: list[str | None] = shards.column("tombstones").to_pylist()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
@@ -175,7 +176,7 @@ class ShardSet:
         Raises:
             FormatError: there is no shard set at the address, or it is of another format version.
         """
-        return cls._within(open_store(url, deadline_s=deadline_s), version=version)
+        return cls._within(open_store(url, deadline_s=deadline_s), version, deadline_s)
 
     def at(self, version: int | None) -> "ShardSet":
         """Another version of this set, or its newest, over the same connections.
@@ -183,14 +184,19 @@ class ShardSet:
         Raises:
             FormatError: there is no such version.
         """
-        return self._within(self.store, version=version)
+        other = self._within(self.store, version, self._deadline_s)
+        if other.metadata.get("tars") == self.metadata.get("tars"):
+            other._elsewhere = self._elsewhere
+        return other
 
     @classmethod
-    def _within(cls, store: Store, *, version: int | None) -> "ShardSet":
+    def _within(cls, store: Store, version: int | None, deadline_s: float) -> "ShardSet":
         path = MANIFEST if version is None else version_path(version)
         try:
             shards = _read_manifest(store.read(path), where=store.uri(path))
-            return cls(store, shards if version is not None else _newest(store, shards))
+            found = cls(store, shards if version is not None else _newest(store, shards))
+            found._deadline_s = deadline_s
+            return found
         except NotFoundError as err:
             if version is not None:
                 raise FormatError(
@@ -232,7 +238,9 @@ class ShardSet:
 
     @cached_property
     def _elsewhere(self) -> Store | None:
-        return open_store(self.metadata["tars"]) if "tars" in self.metadata else None
+        if "tars" not in self.metadata:
+            return None
+        return open_store(self.metadata["tars"], deadline_s=self._deadline_s)
 
     @property
     def tars(self) -> Store:

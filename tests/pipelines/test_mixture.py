@@ -309,3 +309,20 @@ def test_interleaving_spreads_evenly() -> None:
     assert np.bincount(row).tolist() == [6, 3, 1]
     assert np.abs(np.cumsum(row == 0) - 0.6 * np.arange(1, 11)).max() < 1
     assert np.abs(np.cumsum(row == 1) - 0.3 * np.arange(1, 11)).max() < 1
+
+
+def test_without_weights_no_set_is_left_out_however_small(tmp_path: Path) -> None:
+    sets = [bare_set(str(tmp_path / str(n)), [count]) for n, count in enumerate((100_000, 40, 30))]
+
+    assert mixed(sets, lanes=16).lanes_of == [14, 1, 1]
+
+
+def test_a_version_that_was_decided_is_the_last_until_another_is(tmp_path: Path) -> None:
+    mixture = mixed([bare_set(str(tmp_path), [16])], lanes=8, follow=True)
+    place = mixture.start()
+    bare_set(str(tmp_path), [24], version=2)
+
+    assert mixture.last_decided(place, 0) == 1
+    mixture.decide({(0, 1): 1, (0, 2): 2})
+
+    assert mixture.last_decided(place, 0) == 2

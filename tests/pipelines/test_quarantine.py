@@ -113,7 +113,7 @@ def record(number: int) -> BadSample:
 
 
 def test_a_few_bad_samples_are_always_allowed() -> None:
-    quarantine = Quarantine(max_bad_frac=0.01)
+    quarantine = Quarantine(max_bad_frac=0.01, world_size=1)
     quarantine.seen(20)
 
     for number in range(ALLOWED_BAD):
@@ -123,7 +123,7 @@ def test_a_few_bad_samples_are_always_allowed() -> None:
 
 
 def test_a_part_of_many_samples_is_allowed() -> None:
-    quarantine = Quarantine(max_bad_frac=0.01)
+    quarantine = Quarantine(max_bad_frac=0.01, world_size=1)
     quarantine.seen(3000)
 
     for number in range(30):

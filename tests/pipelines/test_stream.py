@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -54,13 +56,14 @@ def open_stream(
     return Stream(
         {0: Source(shard_set=shard_set, first_id=0)},
         needs(shard_set, batches=batches, rank=rank, world_size=world_size),
+        num_lanes=BATCH // world_size,
         block=BLOCK,
         seed=4,
         prefetch_batches=2,
         buffer_bytes=buffer_bytes,
         max_pixels=10**6,
         wait_timeout_s=wait_timeout_s,
-        quarantine=quarantine or Quarantine(max_bad_frac=0.5),
+        quarantine=quarantine or Quarantine(max_bad_frac=0.5, world_size=1),
         on_bad=on_bad,
     )
 
@@ -192,7 +195,7 @@ def test_a_byte_that_was_wrong_once_is_read_again(
     expected = contents(read_all(open_stream(own_shard_set)))
     faulty.requests.clear()
     faulty.flip_first_answers = True
-    quarantine = Quarantine(max_bad_frac=0.5)
+    quarantine = Quarantine(max_bad_frac=0.5, world_size=1)
 
     batches = read_all(open_stream(own_shard_set, quarantine=quarantine))
 
@@ -207,7 +210,7 @@ def test_a_damaged_sample_gives_way_to_the_same_one_in_every_world(
 ) -> None:
     bad = wanted_ids(own_shard_set, 6)[27]
     broken = overwrite(own_shard_set, bad, flip_a_byte(stored(own_shard_set, bad)))
-    quarantine = Quarantine(max_bad_frac=0.5)
+    quarantine = Quarantine(max_bad_frac=0.5, world_size=1)
 
     parts = [
         read_all(open_stream(broken, rank=r, world_size=world_size, quarantine=quarantine))
@@ -235,7 +238,7 @@ def test_an_image_of_another_size_is_replaced(own_shard_set: ShardSet) -> None:
     place = data.index(b"\xff\xc0") + 5  # the frame header's height and width
     data[place : place + 2] = (999).to_bytes(2, "big")
     broken = overwrite(own_shard_set, 30, bytes(data), fix_checksum=True)
-    quarantine = Quarantine(max_bad_frac=0.5)
+    quarantine = Quarantine(max_bad_frac=0.5, world_size=1)
 
     batches = read_all(open_stream(broken, quarantine=quarantine))
 
@@ -271,7 +274,7 @@ def test_more_bad_samples_than_the_budget_stop_the_stream(own_shard_set: ShardSe
         broken = overwrite(broken, number, flip_a_byte(stored(broken, number)))
 
     with pytest.raises(BadDataError, match=r"more than data\.max_bad_frac 0\.01"):
-        read_all(open_stream(broken, quarantine=Quarantine(max_bad_frac=0.01)))
+        read_all(open_stream(broken, quarantine=Quarantine(max_bad_frac=0.01, world_size=1)))
 
 
 def test_a_shard_that_was_overwritten_is_replaced_by_others_and_said_so(
@@ -280,7 +283,7 @@ def test_a_shard_that_was_overwritten_is_replaced_by_others_and_said_so(
     broken = own_shard_set
     path = Path(broken.url, broken.names[0])
     path.write_bytes(bytes(path.stat().st_size))
-    quarantine = Quarantine(max_bad_frac=1.0)
+    quarantine = Quarantine(max_bad_frac=1.0, world_size=1)
 
     served = ids(read_all(open_stream(broken, quarantine=quarantine)))
 
@@ -299,14 +302,14 @@ def test_a_set_without_a_sound_sample_is_named(own_shard_set: ShardSet) -> None:
         path.write_bytes(bytes(path.stat().st_size))
 
     with pytest.raises(BadDataError, match=r"\.tar: no sound sample is left"):
-        read_all(open_stream(own_shard_set, quarantine=Quarantine(max_bad_frac=1.0)))
+        read_all(open_stream(own_shard_set, quarantine=Quarantine(max_bad_frac=1.0, world_size=1)))
 
 
 def test_a_failing_store_is_an_error_and_no_bad_sample(
     own_shard_set: ShardSet, faulty: FaultyStore
 ) -> None:
     faulty.refuse_after = 4
-    quarantine = Quarantine(max_bad_frac=0.5)
+    quarantine = Quarantine(max_bad_frac=0.5, world_size=1)
 
     with pytest.raises(UnreachableError, match="no usable answer"):
         read_all(open_stream(own_shard_set, quarantine=quarantine))
@@ -347,3 +350,28 @@ def test_close_ends_all_threads_at_any_time(own_shard_set: ShardSet, faulty: Fau
     next(started)
     started.close()
     assert threading.active_count() <= before + 1  # the timer's thread may be ending still
+
+
+def test_a_process_ends_though_a_read_never_does(own_shard_set: ShardSet) -> None:
+    program = f"""
+import pipelines.stream as module
+from shards import ShardSet
+from tests.pipelines.test_stream import open_stream
+from tests.support.shard_sets import FaultyStore
+
+module._CLOSE_S = 0.5
+shard_set = ShardSet.open({own_shard_set.url!r})
+shard_set.store = FaultyStore(shard_set.store)
+shard_set.store.hold.clear()
+stream = open_stream(shard_set, wait_timeout_s=0.5)
+try:
+    next(stream)
+finally:
+    stream.close()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=False
+    )
+
+    assert ended.returncode == 1
+    assert "StalledError" in ended.stderr
