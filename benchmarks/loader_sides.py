@@ -16,7 +16,8 @@ from typing import Any
 
 BLOCK, BATCH, PREFETCH, SEED = 64, 64, 2, 0
 READ_THREADS = 16  # as many as the stream has
-_WARM_UP = 64  # batches: every lane has been through a block
+_WARM_UP = BLOCK  # batches: every lane has been through a block
+_WARM_UP_VIEWS = 2  # batches: what is allocated once is allocated
 _PAGE = 4096
 
 Figures = dict[str, float]
@@ -35,13 +36,13 @@ def _touched(data: Any) -> int:
     return int(np.frombuffer(data, dtype=np.uint8)[::_PAGE].max() >= 0)
 
 
-def _rate(batches: Iterator[int], seconds: float) -> Figures:
+def _rate(batches: Iterator[int], seconds: float, *, warm_up: int = _WARM_UP) -> Figures:
     """Samples and what they cost, over `seconds` or more behind the warm-up.
 
     Args:
         batches: the samples of each.
     """
-    for _ in itertools.islice(batches, _WARM_UP):
+    for _ in itertools.islice(batches, warm_up):
         pass
     cpu, wall, samples = time.process_time(), time.perf_counter(), 0
     while time.perf_counter() - wall < seconds:
@@ -296,7 +297,8 @@ def views_ours(*, url: str, loader: str, colour: str, seconds: float) -> Figures
         device_index=None,
     )
     batches = itertools.cycle(_encoded_batches(url, 8))
-    return _rate((len(done) for done, _ in maker.make(batches, _no_repair)), seconds)
+    made = (len(done) for done, _ in maker.make(batches, _no_repair))
+    return _rate(made, seconds, warm_up=_WARM_UP_VIEWS)
 
 
 def _no_repair(batch: Any, faults: Any) -> Any:
