@@ -291,17 +291,17 @@ class Stream:
                 left.append(before)
             self._holders[key] += 1
             self._lane_key[lane] = key
-        # The batch before was the last that needs what was left now.
+        # The batch before was the last that needs what was left now. Where there is none, what was
+        # left goes with this batch: a lane may have come through the block within it.
         if planned:
             planned[-1].left.extend(left)
-        else:
-            self._release(left)
+            left = []
         for key in dict.fromkeys(keys[changes].tolist()):
             if key not in self._live:
                 self._live[key] = self._admit(key)
         live = self._live
         readings = [live[key] or self._read_one(need, n) for n, key in enumerate(keys.tolist())]
-        return _Planned(need=need, readings=readings, left=[])
+        return _Planned(need=need, readings=readings, left=left)
 
     def _divide_room(self, need: Need) -> int:
         """How many bytes the lanes' blocks may take; says so if they are not to have room."""

@@ -375,3 +375,36 @@ finally:
 
     assert ended.returncode == 1
     assert "StalledError" in ended.stderr
+
+
+def test_a_lane_walks_through_blocks_within_a_batch_whatever_the_bound(
+    own_shard_set: ShardSet,
+) -> None:
+    def walk() -> Iterator[Need]:
+        for start in range(0, 60, 30):
+            numbers = np.arange(start, start + 30)
+            nothing = np.zeros(30, dtype=np.int64)
+            yield Need(
+                positions=numbers,
+                lanes=nothing,
+                sources=nothing,
+                shards=numbers // 20,
+                members=numbers % 20,
+            )
+
+    for bound in (1, 30_000, 100_000, 2**30):
+        stream = Stream(
+            {0: Source(shard_set=own_shard_set, first_id=0)},
+            walk(),
+            num_lanes=1,
+            block=BLOCK,
+            seed=4,
+            prefetch_batches=2,
+            buffer_bytes=bound,
+            max_pixels=10**6,
+            wait_timeout_s=20,
+            quarantine=Quarantine(max_bad_frac=0.5, world_size=1),
+            on_bad="drop",
+        )
+
+        assert ids(read_all(stream)) == list(range(60))
