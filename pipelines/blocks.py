@@ -20,7 +20,7 @@ Bytes = NDArray[np.uint8]
 _SMALLEST_SLAB = 2**15
 _AT_ONCE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
 _SLABS_PART = 32
-"""What part of the bound slabs may be that wait to be used again."""
+"""What part of the bound slabs that wait to be used again may be when it is full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,29 +48,33 @@ class Block:
 class Slabs:
     """Memory that is used again: to touch fresh pages costs more than to read into them."""
 
-    def __init__(self, *, most_bytes: int) -> None:
-        """
-        Args:
-            most_bytes: of slabs that wait to be used again.
-        """
-        self._most_bytes = most_bytes
+    def __init__(self) -> None:
         self._free: list[NDArray[np.uint8]] = []
         self._free_bytes = 0
         self._given_back: deque[NDArray[np.uint8]] = deque()
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> NDArray[np.uint8]:
-        """A slab of at least so many bytes, and not many more."""
+    def take(self, size: int, *, most_bytes: int) -> NDArray[np.uint8]:
+        """A slab of at least so many bytes, and not many more; a small one is never used again.
+
+        Args:
+            most_bytes: of slabs that wait to be used again.
+        """
         with self._lock:
-            self._collect()
-            fitting = [n for n, slab in enumerate(self._free) if size <= len(slab) <= 2 * size]
+            self._collect(most_bytes)
+            fitting = [
+                n for n, slab in enumerate(self._free) if size <= len(slab) <= size + size // 8
+            ]
             if fitting:
                 slab = self._free.pop(min(fitting, key=lambda n: len(self._free[n])))
                 self._free_bytes -= len(slab)
                 return slab
-        # A little more, so that the next block, of nearly the same size, fits. And a mapping of its
+        if size < _SMALLEST_SLAB:
+            return np.empty(size, dtype=np.uint8)
+        # Of few sizes, so that the next block, of nearly the same size, fits. And a mapping of its
         # own: what malloc is given back it keeps, in pieces.
-        size += size // 32
+        step = 1 << max(0, size.bit_length() - 6)
+        size = -(-size // step) * step
         try:
             return np.frombuffer(mmap.mmap(-1, size, flags=_AT_ONCE), dtype=np.uint8)
         except OSError:  # a process may have so many mappings and no more
@@ -78,14 +82,17 @@ class Slabs:
 
     def give_back(self, slab: NDArray[np.uint8]) -> None:
         """Nobody reads it any more. Called wherever its last reader goes, so it takes no lock."""
-        self._given_back.append(slab)
+        if len(slab) >= _SMALLEST_SLAB:
+            self._given_back.append(slab)
 
-    def _collect(self) -> None:
+    def _collect(self, most_bytes: int) -> None:
         while self._given_back:
             slab = self._given_back.popleft()
-            if self._free_bytes + len(slab) <= self._most_bytes:
-                self._free.append(slab)
-                self._free_bytes += len(slab)
+            self._free.append(slab)
+            self._free_bytes += len(slab)
+        # The longest unused go: what nothing fits into must not fill the room.
+        while self._free_bytes > most_bytes:
+            self._free_bytes -= len(self._free.pop(0))
 
 
 class BlockReader:
@@ -96,7 +103,8 @@ class BlockReader:
     ) -> None:
         self._sources = sources
         self._max_pixels = max_pixels
-        self._slabs = Slabs(most_bytes=buffer_bytes // _SLABS_PART)
+        self._slabs = Slabs()
+        self._buffer_bytes = buffer_bytes
         self._freed: deque[int] = deque()
         self._lock = threading.Lock()
         self._held_bytes = 0
@@ -150,7 +158,7 @@ class BlockReader:
         one = self._sources[source]
         index = one.shard_set.index(shard)
         start, size = self.span(source, shard, first, stop)
-        slab = self._slabs.take(size) if size >= _SMALLEST_SLAB else np.empty(size, dtype=np.uint8)
+        slab = self._slabs.take(size, most_bytes=self._room_for_slabs())
         try:
             found = self._fetch(source, shard, start, start + size, lambda _: slab.data[:size])
         except BaseException:
@@ -206,8 +214,11 @@ class BlockReader:
 
     def _let_go_of(self, slab: NDArray[np.uint8], size: int) -> None:
         self._freed.append(size)
-        if len(slab) >= _SMALLEST_SLAB:
-            self._slabs.give_back(slab)
+        self._slabs.give_back(slab)
+
+    def _room_for_slabs(self) -> int:
+        """What the bound leaves to slabs that wait; when it is full, a little beside it."""
+        return max(self._buffer_bytes // _SLABS_PART, self._buffer_bytes - self.held_bytes)
 
     def _read_again(
         self,

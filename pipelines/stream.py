@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _READ_THREADS = 16
 _PLANNED_AHEAD, _PLANNED_AT_MOST = 8, 32
-"""Batches whose blocks are on their way before the first of them is needed; and, as long as fewer
-reads than threads are under way, how many there may be."""
+"""Batches whose blocks are on their way before the first of them is needed; and how many they may
+be while the first is not here and threads are idle."""
 _BEING_DECODED = 3  # batches that a view maker works on, and the one that was taken
 _INDEXES_REMEMBERED = 10_000
 _CLOSE_S = 10.0
@@ -243,18 +243,21 @@ class Stream:
                 self._room_for_blocks = self._divide_room(need)
             if len(changes):
                 self._load_indexes(need, changes)
-            while planned and (
-                self._is_far_enough(len(planned)) or not self._has_room(keys, changes)
-            ):
+            while planned and (self._is_enough(planned) or not self._has_room(keys, changes)):
                 yield self._assemble(planned.popleft())
             planned.append(self._plan(need, keys, changes, planned))
         while planned and not self._closed:
             yield self._assemble(planned.popleft())
         self._live.clear()
 
-    def _is_far_enough(self, planned: int) -> bool:
-        enough = _PLANNED_AHEAD if len(self._running) >= _READ_THREADS else _PLANNED_AT_MOST
-        return planned >= enough
+    def _is_enough(self, planned: "Sequence[_Planned]") -> bool:
+        """Whether to make the first of the batches before another one is planned."""
+        if not _PLANNED_AHEAD <= len(planned) < _PLANNED_AT_MOST:
+            return len(planned) >= _PLANNED_AHEAD
+        # What is here already, from a local disk, gains nothing by more that waits beside it.
+        return len(self._running) >= _READ_THREADS or all(
+            reading.future.done() for reading in planned[0].readings
+        )
 
     def _changes(self, need: Need, keys: NDArray[np.int64]) -> NDArray[np.intp]:
         """Places at which a lane is in another block than before."""
