@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.quarantine import damage
 from shards import ShardSet
+from shards.errors import ChangedError
 from shards.objects import Allocate, allocated
 
 Bytes = NDArray[np.uint8]
@@ -153,7 +154,7 @@ class BlockReader:
         gone, or when this raises.
 
         Raises:
-            StoreError: the store failed for good; never a bad sample.
+            StoreError: the store failed for good, or the shard was replaced; never a bad sample.
         """
         one = self._sources[source]
         index = one.shard_set.index(shard)
@@ -183,6 +184,8 @@ class BlockReader:
         if wrong:
             wrong = self._read_again(source, shard, first, wrong, data, checksums)
             is_all = len(wrong) == len(data) > 1
+            if is_all:
+                self._check_size(source, shard)
             faults = dict.fromkeys(
                 (first + n for n in wrong), _OVERWRITTEN if is_all else _CHECKSUM
             )
@@ -204,13 +207,31 @@ class BlockReader:
 
     def _fetch(self, source: int, shard: int, start: int, end: int, allocate: Allocate) -> Any:
         shard_set = self._sources[source].shard_set
-        (found,) = shard_set.tars.read_ranges(
-            shard_set.names[shard], [start], [end], allocate=allocate
-        )
+        try:
+            (found,) = shard_set.tars.read_ranges(
+                shard_set.names[shard], [start], [end], allocate=allocate
+            )
+        except ChangedError:
+            self._check_size(source, shard)
+            raise
         with self._lock:
             self.read_bytes += end - start
             self.read_requests += 1
         return found
+
+    def _check_size(self, source: int, shard: int) -> None:
+        """Whether a shard that is not what was indexed is so as a whole.
+
+        Raises:
+            ChangedError: it has another size.
+        """
+        shard_set = self._sources[source].shard_set
+        found, known = shard_set.tars.head(shard_set.names[shard]).size, shard_set.tar_bytes[shard]
+        if found not in (-1, known):  # -1: the store does not know
+            raise ChangedError(
+                f"{self.uri(source, shard)} was replaced since it was indexed: {found:,} bytes, "
+                f"the manifest says {known:,}; run 'moco-scale verify' on the shard set"
+            )
 
     def _let_go_of(self, slab: NDArray[np.uint8], size: int) -> None:
         self._freed.append(size)

@@ -152,7 +152,8 @@ class ShardSet:
         self.slots: NDArray[np.int64] = shards.column("slots").to_numpy()
         self.first_ordinal: NDArray[np.int64] = np.cumsum(self.slots) - self.slots
         self.num_samples = int(self.samples.sum())
-        self.total_bytes = int(shards.column("bytes").to_numpy().sum())
+        self.tar_bytes: NDArray[np.int64] = shards.column("bytes").to_numpy()
+        self.total_bytes = int(self.tar_bytes.sum())
         raw: Mapping[bytes, bytes] = shards.schema.metadata or {}
         self.metadata = {k.decode(): v.decode() for k, v in raw.items() if k != b"ARROW:schema"}
         self.version = int(self.metadata["version"])

@@ -16,7 +16,7 @@ from pipelines.order import Order
 from pipelines.quarantine import Quarantine
 from pipelines.stream import EncodedBatch, Need, Source, Stream
 from shards import ShardSet
-from shards.errors import NotFoundError, UnreachableError
+from shards.errors import ChangedError, NotFoundError, UnreachableError
 from tests.support.made_sets import Made, make_set
 from tests.support.shard_sets import FaultyStore, flip_a_byte, overwrite, stored
 
@@ -350,6 +350,22 @@ def test_close_ends_all_threads_at_any_time(own_shard_set: ShardSet, faulty: Fau
     next(started)
     started.close()
     assert threading.active_count() <= before + 1  # the timer's thread may be ending still
+
+
+@pytest.mark.parametrize("size", [0.5, 1.5])
+def test_a_shard_of_another_size_than_was_indexed_is_an_error_that_says_so(
+    own_shard_set: ShardSet, size: float
+) -> None:
+    path = Path(own_shard_set.url, own_shard_set.names[1])
+    was = path.stat().st_size
+    path.write_bytes(bytes(int(size * was)))
+
+    with pytest.raises(
+        ChangedError,
+        match=rf"{path.name} was replaced since it was indexed: {int(size * was):,} bytes, the "
+        rf"manifest says {was:,}; run 'moco-scale verify'",
+    ):
+        read_all(open_stream(own_shard_set))
 
 
 def test_a_process_ends_though_a_read_never_does(own_shard_set: ShardSet) -> None:

@@ -127,6 +127,9 @@ class FaultyStore:
     def stats(self) -> Any:
         return self.inner.stats()
 
+    def head(self, path: str) -> Any:
+        return self.inner.head(path)
+
     def read(self, path: str, *, if_match: str | None = None) -> Any:
         return self.inner.read(path, if_match=if_match)
 
