@@ -106,9 +106,9 @@ class BlockReader:
         self._max_pixels = max_pixels
         self._slabs = Slabs()
         self._buffer_bytes = buffer_bytes
-        self._freed: deque[int] = deque()
+        self._freed: deque[tuple[int, bool]] = deque()
         self._lock = threading.Lock()
-        self._held_bytes = 0
+        self._held = [0, 0]  # bytes of samples read alone, and of blocks
         self.read_bytes = 0
         self.read_requests = 0
         self.peak_held_bytes = 0
@@ -124,28 +124,43 @@ class BlockReader:
         start = int(index.offset[first])
         return start, int(index.offset[stop - 1]) + int(index.length[stop - 1]) - start
 
-    def hold(self, size: int) -> None:
-        """Count bytes before they are read."""
+    def hold(self, source: int, shard: int, first: int, stop: int) -> int:
+        """Count the bytes of samples [first, stop) before they are read; how many they are."""
+        size = self.span(source, shard, first, stop)[1]
         with self._lock:
-            self._held_bytes += size
-            self.peak_held_bytes = max(self.peak_held_bytes, self._less_what_was_freed())
+            self._subtract_what_was_freed()
+            self._held[stop - first > 1] += size
+            self.peak_held_bytes = max(self.peak_held_bytes, sum(self._held))
+        return size
 
-    def let_go(self, size: int) -> None:
-        """Count bytes that will not be read after all. Takes no lock."""
-        self._freed.append(size)
+    def let_go(self, size: int, *, is_block: bool) -> None:
+        """Count bytes that will not be read after all. Takes no lock.
+
+        Args:
+            is_block: they are of more than one sample.
+        """
+        self._freed.append((size, is_block))
 
     @property
     def held_bytes(self) -> int:
         """Bytes on their way, here, or still used by a batch, whoever has it by now."""
         with self._lock:
-            return self._less_what_was_freed()
+            self._subtract_what_was_freed()
+            return sum(self._held)
 
-    def _less_what_was_freed(self) -> int:
+    @property
+    def held_block_bytes(self) -> int:
+        """Of these, the bytes of blocks of more than one sample."""
+        with self._lock:
+            self._subtract_what_was_freed()
+            return self._held[True]
+
+    def _subtract_what_was_freed(self) -> None:
         # A buffer is freed wherever its last user is, perhaps under this very lock: so what is
         # freed is only noted there, and subtracted here.
         while self._freed:
-            self._held_bytes -= self._freed.popleft()
-        return self._held_bytes
+            size, is_block = self._freed.popleft()
+            self._held[is_block] -= size
 
     def read(self, source: int, shard: int, first: int, stop: int) -> Block:
         """Samples [first, stop) of a shard.
@@ -163,15 +178,15 @@ class BlockReader:
         try:
             found = self._fetch(source, shard, start, start + size, lambda _: slab.data[:size])
         except BaseException:
-            self._let_go_of(slab, size)
+            self._let_go_of(slab, size, stop - first > 1)
             raise
         buffer = np.frombuffer(found, dtype=np.uint8)
         if not np.may_share_memory(buffer, slab):  # a store that reads into memory of its own
-            self._let_go_of(slab, 0)
+            self._slabs.give_back(slab)
             slab = buffer[:0]
         # The views of the samples hold `buffer`, and that holds the slab. (A slice of the slab
         # itself would not do: numpy lets views of a view hold the first owner alone.)
-        weakref.finalize(buffer, self._let_go_of, slab, size).atexit = False
+        weakref.finalize(buffer, self._let_go_of, slab, size, stop - first > 1).atexit = False
         offsets = (index.offset[first:stop] - start).tolist()
         ends = (index.end[first:stop] - start).tolist()
         data = [buffer[begin:end] for begin, end in zip(offsets, ends, strict=True)]
@@ -233,8 +248,8 @@ class BlockReader:
                 f"the manifest says {known:,}; run 'moco-scale verify' on the shard set"
             )
 
-    def _let_go_of(self, slab: NDArray[np.uint8], size: int) -> None:
-        self._freed.append(size)
+    def _let_go_of(self, slab: NDArray[np.uint8], size: int, is_block: bool) -> None:
+        self._freed.append((size, is_block))
         self._slabs.give_back(slab)
 
     def _room_for_slabs(self) -> int:

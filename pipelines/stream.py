@@ -142,6 +142,7 @@ class Stream:
         self._lane_key = np.zeros(0, dtype=np.int64)
         self._holders: Counter[int] = Counter()
         self._live: dict[int, _Reading | None] = {}
+        self._alone: Counter[int] = Counter()  # of a block without room: samples read by now
         self._known_bad: dict[tuple[int, int, int], str] = {}
         self._used_bytes = self._used_samples = self._single_reads = self._index_reads = 0
         self._waited_s = 0.0
@@ -294,16 +295,26 @@ class Stream:
                 left.append(before)
             self._holders[key] += 1
             self._lane_key[lane] = key
-        # The batch before was the last that needs what was left now. Where there is none, what was
-        # left goes with this batch: a lane may have come through the block within it.
+        named = keys.tolist()
+        here = set(named)  # a lane may walk through several blocks in one batch
         if planned:
+            # The batch before was the last that needs what was left now.
             planned[-1].left.extend(left)
             left = []
-        for key in dict.fromkeys(keys[changes].tolist()):
-            if key not in self._live:
+        else:
+            self._release([key for key in left if key not in here])
+            left = [key for key in left if key in here]
+        wanted = keys[changes].tolist()
+        if self._alone and self._fits(int(self._block * self._sample_bytes)):
+            # When an epoch begins all lanes change blocks at once, and the old ones are in use for
+            # some batches still: what had no room then has it soon.
+            wanted += [key for key, taken in self._alone.items() if taken < self._block // 2]
+        for key in wanted:
+            if self._live.get(key) is None:
                 self._live[key] = self._admit(key)
-        live = self._live
-        readings = [live[key] or self._read_one(need, n) for n, key in enumerate(keys.tolist())]
+                if self._live[key] is not None:
+                    self._alone.pop(key, None)
+        readings = [self._live[key] or self._read_one(need, n, key) for n, key in enumerate(named)]
         return _Planned(need=need, readings=readings, left=left)
 
     def _divide_room(self, need: Need) -> int:
@@ -323,8 +334,8 @@ class Stream:
         if alone:
             logger.warning(
                 "the blocks that are needed at once (%d lanes x %d samples, some %.0f MiB) exceed "
-                "data.buffer_bytes %d: about %.0f %% of the samples are read one by one, a request "
-                "each; raise data.buffer_bytes or lower data.block_samples",
+                "data.buffer_bytes %d: at least %.0f %% of the samples are read one by one, a "
+                "request each; raise data.buffer_bytes or lower data.block_samples",
                 lanes, self._block, wanted / 2**20, self._buffer_bytes, 100 * alone,
             )  # fmt: skip
         return room
@@ -340,13 +351,21 @@ class Stream:
 
     def _admit(self, key: int) -> "_Reading | None":
         """Start to read a block; None if there is no room for it."""
-        assert self._room_for_blocks is not None
-        if self._reader.held_bytes + self._block_size(key) > self._room_for_blocks:
+        if not self._fits(self._block_size(key)):
             return None
         return self._read(*self._samples_of(key))
 
-    def _read_one(self, need: Need, place: int) -> "_Reading":
+    def _fits(self, size: int) -> bool:
+        """Whether there is room for a block of so many bytes."""
+        assert self._room_for_blocks is not None
+        return (
+            self._reader.held_bytes + size <= self._buffer_bytes
+            and self._reader.held_block_bytes + size <= self._room_for_blocks
+        )
+
+    def _read_one(self, need: Need, place: int, key: int) -> "_Reading":
         self._single_reads += 1
+        self._alone[key] += 1
         member = int(need.members[place])
         return self._read(int(need.sources[place]), int(need.shards[place]), member, member + 1)
 
@@ -356,6 +375,7 @@ class Stream:
             if self._holders[key] == 0:
                 del self._holders[key]
                 self._live.pop(key, None)
+                self._alone.pop(key, None)
 
     def _load_indexes(self, need: Need, changes: NDArray[np.intp]) -> None:
         """Bring a batch's indexes in side by side: one by one they would cost a round trip each."""
@@ -374,14 +394,13 @@ class Stream:
             self._wait_for(one)
 
     def _read(self, source: int, shard: int, first: int, stop: int) -> "_Reading":
-        size = self._reader.span(source, shard, first, stop)[1]
-        self._reader.hold(size)
+        size = self._reader.hold(source, shard, first, stop)
         where = self._reader.uri(source, shard)
         future = self._submit(where, self._reader.read, source, shard, first, stop)
 
         def let_go_if_not_begun(done: "Future[Block]") -> None:
             if done.cancelled():
-                self._reader.let_go(size)
+                self._reader.let_go(size, is_block=stop - first > 1)
 
         future.add_done_callback(let_go_if_not_begun)
         return _Reading(future=future)
@@ -445,7 +464,7 @@ class Stream:
                 continue
             block = near if other_shard == shard else None
             if block is None or not 0 <= other - block.first < len(block.data):
-                self._reader.hold(self._reader.span(source, other_shard, other, other + 1)[1])
+                self._reader.hold(source, other_shard, other, other + 1)
                 block = self._reader.read(source, other_shard, other, other + 1)
             for bad, fault in block.faults.items():
                 self._known_bad[source, other_shard, bad] = fault

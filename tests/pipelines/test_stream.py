@@ -352,6 +352,85 @@ def test_close_ends_all_threads_at_any_time(own_shard_set: ShardSet, faulty: Fau
     assert threading.active_count() <= before + 1  # the timer's thread may be ending still
 
 
+def test_lanes_that_all_change_blocks_at_once_get_blocks_as_soon_as_there_is_room(
+    tmp_path: Path,
+) -> None:
+    lanes, block, shards = 16, 32, 32
+    written = io.BytesIO()
+    Image.new("RGB", (80, 60)).save(written, "JPEG")
+    samples = [
+        [
+            Made(uri=f"r/{s}-{n}", data=written.getvalue() + bytes([s, n]), width=80, height=60)
+            for n in range(64)
+        ]
+        for s in range(shards)
+    ]
+    shard_set = make_set(str(tmp_path), samples)
+    places = np.arange(lanes)
+    batches = [  # lane n walks through shard n, and then, with all others, goes to shard n + 16
+        Need(
+            positions=places + lanes * number,
+            lanes=places,
+            sources=np.zeros(lanes, dtype=np.int64),
+            shards=places + lanes * (number // 64),
+            members=np.full(lanes, number % 64),
+        )
+        for number in range(128)
+    ]
+    stream = Stream(
+        {0: Source(shard_set=shard_set, first_id=0)},
+        iter(batches),
+        num_lanes=lanes,
+        block=block,
+        seed=0,
+        prefetch_batches=1,
+        # For the blocks that lanes are in and what is read ahead, not for twice as many.
+        buffer_bytes=int(1.1 * lanes * (block + 13) * shard_set.total_bytes / (64 * shards)),
+        max_pixels=10**6,
+        wait_timeout_s=20,
+        quarantine=Quarantine(max_bad_frac=0.0, world_size=1),
+        on_bad="replace",
+    )
+    deque(stream, maxlen=0)
+    stats = stream.stats()
+    stream.close()
+
+    whole = lanes * 128 // block
+    assert stats.read_requests - stats.single_reads <= whole
+    assert stats.single_reads < 3 * 4 * lanes  # three changes, a few batches after each
+
+
+def test_a_lane_may_walk_through_several_blocks_in_one_batch(shard_set: ShardSet) -> None:
+    def walk() -> Iterator[Need]:
+        for shard, samples in enumerate(shard_set.samples.tolist()):
+            for first in range(0, samples, 15):  # no multiple of a block
+                members = np.arange(first, min(first + 15, samples))
+                zeros = np.zeros(len(members), dtype=np.int64)
+                yield Need(
+                    positions=zeros,
+                    lanes=zeros,
+                    sources=zeros,
+                    shards=zeros + shard,
+                    members=members,
+                )
+
+    for bound in (0, 20_000, 100_000, 2**30):
+        stream = Stream(
+            {0: Source(shard_set=shard_set, first_id=0)},
+            walk(),
+            num_lanes=1,
+            block=BLOCK,
+            seed=0,
+            prefetch_batches=1,
+            buffer_bytes=bound,
+            max_pixels=10**6,
+            wait_timeout_s=20,
+            quarantine=Quarantine(max_bad_frac=0.0, world_size=1),
+            on_bad="drop",
+        )
+        assert ids(read_all(stream)) == list(range(150))
+
+
 @pytest.mark.parametrize("size", [0.5, 1.5])
 def test_a_shard_of_another_size_than_was_indexed_is_an_error_that_says_so(
     own_shard_set: ShardSet, size: float
