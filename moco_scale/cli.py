@@ -1,6 +1,7 @@
 """The one command: subcommands, exit codes, and everything that is printed.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved (start it again).
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 start it again and it goes on: stopped by a signal
+and saved, or another process of the run was lost.
 """
 
 import logging
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moco_scale import cli_shards
+from moco_scale.errors import EXIT_AGAIN, LostRankError
 from moco_scale.settings import UsageError, parse_flags
 from shards.errors import UserError
 from shards.objects import shown
@@ -86,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[name](rest)
     except UserError as err:
         print(f"moco-scale {name}: error: {shown(str(err))}", file=sys.stderr)
+        if isinstance(err, LostRankError):
+            return EXIT_AGAIN
         return 2 if isinstance(err, UsageError) else 1
     except OSError as err:  # a scratch folder, a file to write: what stores raise is a UserError
         where = f"{err.filename}: " if err.filename else ""

@@ -4,8 +4,10 @@ Every function is a collective: all ranks call it, in the same order. In a world
 nothing, and no process group is needed.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moco_scale.errors import ConfigError
+from moco_scale.errors import ConfigError, LostRankError
 
 T = TypeVar("T")
 
@@ -71,6 +73,7 @@ def start(
 
     Raises:
         ConfigError: the environment is torchrun's only in part, or there is no such device.
+        LostRankError: the others did not come in time.
     """
     rank, world_size, local_rank, local_world_size = _read_environment(os.environ)
     chosen = _device(device, local_rank=local_rank)
@@ -87,14 +90,15 @@ def start(
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // local_world_size))
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            init_method=rendezvous,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+        with _others_answer():
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                init_method=rendezvous,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
     return ranks
 
 
@@ -158,7 +162,8 @@ def all_reduce_flat(tensors: Sequence[Tensor], ranks: Ranks) -> Tensor:
         # Of the norms the largest is finite if every number is: one number a tensor to look at.
         return torch.stack(torch._foreach_norm(list(tensors), float("inf"))).isfinite().all()
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
+    with _others_answer():
+        dist.all_reduce(flat)
     flat /= ranks.world_size
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
@@ -184,13 +189,15 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         gathered = rows.new_empty((ranks.world_size * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows)
+        with _others_answer():
+            dist.all_gather_into_tensor(gathered, rows)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         summed = gradients[0].contiguous()
-        dist.all_reduce(summed)
+        with _others_answer():
+            dist.all_reduce(summed)
         return summed.tensor_split(ctx.ranks.world_size)[ctx.ranks.rank], None
 
 
@@ -211,12 +218,13 @@ def exchange_rows(
     row_bytes = rows.shape[1:].numel() * rows.element_size()
     sent = rows.reshape(-1).view(torch.uint8)
     received = sent.new_empty(sum(receive_counts) * row_bytes)
-    dist.all_to_all_single(
-        received,
-        sent,
-        output_split_sizes=[count * row_bytes for count in receive_counts],
-        input_split_sizes=[count * row_bytes for count in send_counts],
-    )
+    with _others_answer():
+        dist.all_to_all_single(
+            received,
+            sent,
+            output_split_sizes=[count * row_bytes for count in receive_counts],
+            input_split_sizes=[count * row_bytes for count in send_counts],
+        )
     return received.view(rows.dtype).view(sum(receive_counts), *rows.shape[1:])
 
 
@@ -225,7 +233,8 @@ def broadcast_object(value: T, ranks: Ranks) -> T:
     if ranks.world_size == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    with _others_answer():
+        dist.broadcast_object_list(box, src=0)
     received: T = box[0]
     return received
 
@@ -233,7 +242,26 @@ def broadcast_object(value: T, ranks: Ranks) -> T:
 def barrier(ranks: Ranks) -> None:
     """Wait until every rank has come here."""
     if ranks.world_size > 1:
-        dist.barrier()
+        with _others_answer():
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def _others_answer() -> Iterator[None]:
+    """Around calls of torch.distributed: what they raise says that another rank is gone or silent.
+
+    The backends have no common error for it; gloo raises a bare RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as err:
+        # Of gloo's "[.../pair.cc:538] Connection closed by peer [10.0.0.2]:36614. This is ..."
+        said = re.split(r"\. |\n", re.sub(r"^\[[^]]*\] ", "", str(err).strip()))[0]
+        raise LostRankError(
+            f"another process of the run is gone, or gave no answer within "
+            f"run.collective_timeout_s ({said}); start the same command again, as torchrun does: "
+            "it goes on from the last checkpoint"
+        ) from err
 
 
 def _read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

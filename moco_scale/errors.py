@@ -4,9 +4,13 @@ TrainError              one line: what, where, what to do
     ConfigError         settings that cannot be right, alone or together
     CheckpointError     a checkpoint that is missing, torn, or of another model
     EvaluationError     labels or features that cannot be scored
+    LostRankError       another process of the run is gone or silent; worth another start
 """
 
 from shards.errors import UserError
+
+EXIT_AGAIN = 75
+"""Exit code of a run that only needs to be started again (EX_TEMPFAIL of sysexits.h)."""
 
 
 class TrainError(UserError):
@@ -23,3 +27,7 @@ class CheckpointError(TrainError):
 
 class EvaluationError(TrainError):
     """Labels or features that cannot be scored."""
+
+
+class LostRankError(TrainError):
+    """Another process of the run is gone or silent; the same command started again goes on."""

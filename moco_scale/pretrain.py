@@ -26,7 +26,7 @@ def pretrain(
         say: called with a line now and then, on rank 0.
     """
     config = load_config(arguments)
-    ranks = distributed.start(config.run.device)
+    ranks = distributed.start(config.run.device, timeout_s=config.run.collective_timeout_s)
     try:
         config.validate(world_size=ranks.world_size)
         return _train(config, ranks, show=show, say=say if ranks.speaks else _silence)

@@ -34,7 +34,7 @@ from moco_scale.distributed import (
     broadcast_object,
 )
 from moco_scale.encoders import build_encoder
-from moco_scale.errors import CheckpointError, ConfigError, TrainError
+from moco_scale.errors import CheckpointError, ConfigError, LostRankError, TrainError
 from moco_scale.knn import OnlineKnn
 from moco_scale.metrics import MetricsLog, StepMetrics, forget_after, open_board
 from moco_scale.model import MoCo, ModelConfig, StepOutput
@@ -98,6 +98,9 @@ class RunConfig:
     """Encoders in bfloat16 autocast; auto does so on CUDA only."""
     channels_last: bool = True
     """Memory layout of images and convolutions; faster on all devices."""
+    collective_timeout_s: float = 600.0
+    """Longest wait for the other processes, in seconds; one that holds the others up for longer,
+    be it for its data, is taken for lost, and all end with exit code 75 to be started again."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "knn_images"):
@@ -459,6 +462,7 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint; the rows that led to it first, so that no step is lost between them."""
         self._log.flush(next_step=self.step + 1)
+        barrier(self.ranks)  # a checkpoint whose rows a lost rank still held would leave a gap
         if self.ranks.speaks:
             best = self._best[1] if self._best else None
             self._sums.stall_s += self._writer.save(self.state_dict(), best=best)
@@ -517,6 +521,8 @@ class Trainer:
         """Write the rows that are left when training fails; that failure is the one to report."""
         try:
             yield
+        except LostRankError:  # the next start makes these steps again, and must not wait for this
+            raise
         except BaseException:
             try:
                 self._log.flush(next_step=self.step + 1)

@@ -1,11 +1,13 @@
 """Who a process is, which worlds are allowed, and the collectives on real gloo ranks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from moco_scale import distributed
 from moco_scale.distributed import Ranks, allowed_worlds, check_world, one_rank
-from moco_scale.errors import ConfigError
+from moco_scale.errors import ConfigError, LostRankError
 from tests.support.distributed import run_distributed
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -28,6 +30,17 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(ConfigError, match="torchrun"):
         distributed.start("cpu")
+
+
+def test_a_rank_whose_others_do_not_come_says_so_at_its_deadline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for name, value in zip(TORCHRUN, "0201", strict=True):
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(LostRankError, match="start the same command again"):
+        distributed.start("cpu", timeout_s=1, rendezvous=f"file://{tmp_path / 'meeting'}")
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
