@@ -25,14 +25,23 @@ class LocalS3:
     Args:
         folder: where the objects live; a temporary folder, removed at the end, when None.
         identities: further SeaweedFS identities beside the administrator, as in its s3.json.
+        address: where it listens.
+        enter: a command that runs the server, such as one that enters another network.
     """
 
     def __init__(
-        self, folder: Path | None = None, *, identities: Sequence[dict[str, Any]] = ()
+        self,
+        folder: Path | None = None,
+        *,
+        identities: Sequence[dict[str, Any]] = (),
+        address: str = "127.0.0.1",
+        enter: Sequence[str] = (),
     ) -> None:
         self._own_folder = folder is None
         self._folder = Path(tempfile.mkdtemp(prefix="moco-s3-")) if folder is None else folder
         self._identities = list(identities)
+        self._address = address
+        self._enter = list(enter)
         self._process: subprocess.Popen[bytes] | None = None
         self._ports: Sequence[int] = ()
         self.endpoint = ""
@@ -104,12 +113,13 @@ class LocalS3:
         settings = self._folder.absolute() / "s3.json"
         settings.write_text(json.dumps({"identities": [admin, *self._identities]}))
         command = [
+            *self._enter,
             _weed(),
             f"-logdir={self._folder}",
             "mini",
             f"-dir={self._folder}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip={self._address}",
+            f"-ip.bind={self._address}",
             *flags,
             # Each bucket takes some volumes; their number would hang on the disk's free space.
             "-volume.max=10000",
@@ -121,8 +131,8 @@ class LocalS3:
             f"-s3.localSocket={self._folder / 's3.sock'}",
             f"-s3.config={settings}",
         ]
-        self.endpoint = f"http://127.0.0.1:{ports[6]}"
-        self.filer = f"http://127.0.0.1:{ports[4]}"
+        self.endpoint = f"http://{self._address}:{ports[6]}"
+        self.filer = f"http://{self._address}:{ports[4]}"
         with (self._folder / "weed.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True

@@ -18,7 +18,7 @@ DOORS = {
     "fsspec": ("shards/store.py", "shards/fsspec_store.py"),
     "boto3": ("shards/store.py", "shards/boto_s3.py"),
     "tyro": ("moco_scale/cli", "moco_scale/settings.py"),
-    "torch.distributed": "moco_scale/distributed.py",
+    "torch.distributed": ("moco_scale/distributed.py", "moco_scale/launch.py"),
 }
 
 
