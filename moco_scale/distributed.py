@@ -254,6 +254,8 @@ def _others_answer() -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:  # this rank's own
+        raise
     except RuntimeError as err:
         # Of gloo's "[.../pair.cc:538] Connection closed by peer [10.0.0.2]:36614. This is ..."
         said = re.split(r"\. |\n", re.sub(r"^\[[^]]*\] ", "", str(err).strip()))[0]

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from moco_scale import distributed
 from moco_scale.config import CONFIG_FILE, TrainConfig, load_config, to_mapping
 from moco_scale.distributed import Ranks, broadcast_object
+from moco_scale.errors import EXIT_AGAIN
 from moco_scale.metrics import StepMetrics
-from moco_scale.trainer import EXIT_PREEMPTED, Trainer
+from moco_scale.trainer import Trainer
 from pipelines import open_loader
 from shards import open_store
 
@@ -77,7 +78,7 @@ def _train(
             say(
                 f"stopped by a signal and saved after step {result.step:,}: start it again to go on"
             )
-            return EXIT_PREEMPTED
+            return EXIT_AGAIN
         say(f"done after {result.step:,} steps: {config.run.url}")
         return 0
     finally:

@@ -56,9 +56,6 @@ from shards.store import open_store
 
 logger = logging.getLogger(__name__)
 
-EXIT_PREEMPTED = 75
-"""Exit code of a run that a signal stopped and that saved itself: start the same command again."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -119,7 +116,7 @@ class RunResult:
     steps_now: int
     """Updates made by this call; 0 when the run was finished already."""
     preempted: bool
-    """Stopped by a signal, and saved: exit with EXIT_PREEMPTED, and the same command goes on."""
+    """Stopped by a signal, and saved: exit with errors.EXIT_AGAIN, and the same command goes on."""
 
 
 class Trainer:
