@@ -29,7 +29,6 @@ _READ_THREADS = 16
 _PLANNED_AHEAD, _PLANNED_AT_MOST = 8, 32
 """Batches whose blocks are on their way before the first of them is needed; and how many they may
 be while the first is not here and threads are idle."""
-_BEING_DECODED = 3  # batches that a view maker works on, and the one that was taken
 _INDEXES_REMEMBERED = 10_000
 _CLOSE_S = 10.0
 _WAKE_S = 0.2  # how soon a waiting stage notices that it was closed
@@ -129,7 +128,6 @@ class Stream:
         self._sources = sources
         self._needs = needs
         self._num_lanes = num_lanes
-        self._prefetch = prefetch_batches
         self._block = block
         self._seed = seed
         self._buffer_bytes = buffer_bytes
@@ -323,9 +321,9 @@ class Stream:
         sample_bytes = sum(s.total_bytes for s in sets) / max(1, sum(s.num_samples for s in sets))
         self._sample_bytes = sample_bytes
         lanes = max(self._num_lanes, len(np.unique(need.lanes)))
-        # A sample that is planned, ready or being decoded keeps its whole block.
-        ahead = _PLANNED_AHEAD + 2 * self._prefetch + _BEING_DECODED
-        wanted = lanes * sample_bytes * (self._block + ahead)
+        # Where they just fit, fewer batches are planned ahead (a sample on its way keeps its whole
+        # block), and what has no room then is read one by one for a while.
+        wanted = lanes * sample_bytes * (self._block + 1)
         if wanted <= self._buffer_bytes:
             return self._buffer_bytes
         # Samples that are read one by one need room, too.
