@@ -34,8 +34,8 @@ FOLDER = "checkpoints"
 _PUBLISHED = "module."
 """Before the names of weights in published checkpoints: DistributedDataParallel's."""
 
-# Settings that shape the tensors; all others may change between a checkpoint and its continuation.
-_SHAPING = ("backbone", "stem", "mlp_head", "dim", "dictionary", "queue_size")
+_RECIPE = ("recipe", "view_size", "min_crop_area_frac")
+"""Settings of `data` that a run keeps, like all of `model`: others may change on the way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,8 @@ class Checkpoint:
     """Of the libraries that wrote it."""
     world_size: int
     """Ranks at the time; any allowed number can go on."""
+    skipped_steps: int = 0
+    """Of the updates, those that were not finite and changed nothing."""
 
 
 def save_checkpoint(
@@ -240,7 +242,7 @@ def load_weights(url: str) -> tuple[dict[str, Tensor], bool]:
 def check_fits(
     checkpoint: Checkpoint, *, model: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Refuse a checkpoint of another architecture.
+    """Refuse a checkpoint of another architecture or recipe.
 
     Args:
         checkpoint: to go on from.
@@ -250,13 +252,15 @@ def check_fits(
     Raises:
         CheckpointError: naming the first setting or tensor that differs.
     """
-    for name in _SHAPING:
-        wanted = config["model"][name]
-        saved = checkpoint.config["model"].get(name, wanted)  # an older version had no such setting
+    kept = [("model", name) for name in config["model"]] + [("data", name) for name in _RECIPE]
+    for section, name in kept:
+        wanted = config[section][name]
+        saved = checkpoint.config[section].get(name, wanted)  # an older version had no such setting
         if saved != wanted:
             raise CheckpointError(
-                f"{checkpoint.url} has model.{name} {saved!r}, this run {wanted!r}; set "
-                f"model.{name} to {saved!r}, or start afresh with another run.url"
+                f"{checkpoint.url} has {section}.{name} {saved!r}, this run {wanted!r}; set "
+                f"{section}.{name} to {saved!r}, or start afresh with another run.url, and with "
+                "run.init for the weights"
             )
     advice = "start afresh with another run.url"
     for name in [*model, *checkpoint.model]:
@@ -269,6 +273,21 @@ def check_fits(
             raise CheckpointError(
                 f"{checkpoint.url} has {name} of shape {saved_shape}, this model {shape}; {advice}"
             )
+
+
+def changed_settings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """What a run does otherwise from here on, and may: as "optim.lr 0.03 -> 0.06"."""
+    names = [("optim", name) for name in config["optim"]]
+    names += [("data", name) for name in ("global_batch_size", "colour")]
+    pairs = [
+        (f"{section}.{name}", checkpoint.config[section].get(name), config[section].get(name))
+        for section, name in names
+    ]
+    return [
+        f"{name} {old} -> {new}"
+        for name, old, new in pairs
+        if None not in (old, new) and old != new
+    ]
 
 
 class _TornError(CheckpointError):
@@ -299,7 +318,11 @@ def _load(store: Store, path: str) -> Checkpoint:
     del content["arch"], content["epoch"]
     model = {name.removeprefix(_PUBLISHED): tensor for name, tensor in weights.items()}
     checkpoint = Checkpoint(url=uri, model=model, **content)
-    for name, tensor in checkpoint.model.items():
+    momentum = {
+        f"momentum {index}": of_parameter["momentum_buffer"]
+        for index, of_parameter in checkpoint.optimizer["state"].items()
+    }
+    for name, tensor in (checkpoint.model | momentum).items():
         if not tensor.isfinite().all():
             raise _TornError(f"{uri} holds numbers that are not finite, in {name}")
     return checkpoint

@@ -140,10 +140,12 @@ def _pretrain(arguments: list[str]) -> int:
 
 
 def _print_step(metrics: "StepMetrics") -> None:
+    loss = "-" if metrics.loss is None else f"{metrics.loss:.3f}"
+    lookup = "-" if metrics.lookup_accuracy is None else f"{100 * metrics.lookup_accuracy:.1f}"
     # Fits 80 columns.
     console.print(
-        f"step {metrics.step:>6,}  epoch {metrics.epoch:5.1f}  loss {metrics.loss:6.3f}  "
-        f"lookup {100 * metrics.lookup_accuracy:4.1f} %  {metrics.samples_per_s:6.1f} img/s  "
+        f"step {metrics.step:>6,}  epoch {metrics.epoch:5.1f}  loss {loss:>6}  "
+        f"lookup {lookup:>4} %  {metrics.samples_per_s:6.1f} img/s  "
         f"wait {100 * metrics.data_wait_frac:3.0f} %"
     )
     if metrics.knn_accuracy is not None:

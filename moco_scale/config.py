@@ -47,8 +47,9 @@ class TrainConfig:
             raise ConfigError(
                 "no place for the run: give --out URL, where checkpoints and metrics go"
             )
-        keys = data.global_batch_size * (2 if model.symmetric else 1)
-        if model.dictionary == "queue" and model.queue_size < keys:
+        if model.dictionary == "queue" and model.queue_size < model.keys_of_step(
+            data.global_batch_size
+        ):
             twice = "twice " if model.symmetric else ""
             raise ConfigError(
                 f"model.queue_size {model.queue_size} is below {twice}data.global_batch_size "

@@ -5,13 +5,19 @@ hold: metrics/rank-00000/step-000000001.jsonl; ledger, quarantine and skipped li
 counted from 1: step n is the n-th update.
 """
 
+import ast
 import dataclasses
 import importlib.util
+import inspect
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moco_scale.errors import ConfigError
 from pipelines.loader import Batch
@@ -27,14 +33,15 @@ class StepMetrics:
     """Updates made so far."""
     epoch: float
     """Passes over the shard set so far."""
-    loss: float
-    """InfoNCE in nats, mean over the steps. Guessing costs ln(K + 1)."""
-    lookup_accuracy: float
+    loss: float | None
+    """InfoNCE in nats, mean over the steps. Guessing costs ln(K + 1). None: none was finite."""
+    lookup_accuracy: float | None
     """How often the positive scores highest among 1 + K keys, 0-1, mean over the steps."""
     lr: float
     """Learning rate of the last of the steps."""
-    grad_norm: float
-    """Length of the last step's gradient. Falling to 0 at a high loss: collapsed."""
+    grad_norm: float | None
+    """Length of the last step's gradient. Falling to 0 at a high loss: collapsed. None: it was not
+    finite."""
     samples_per_s: float
     """Source images per second over all ranks, each counted once though it gives two views."""
     step_s: float
@@ -68,6 +75,18 @@ class StepMetrics:
     """Online kNN on labelled images, 0-1, in the row of a checkpoint; see run.knn_labels."""
 
 
+def what_figures_mean() -> dict[str, str]:
+    """By field of StepMetrics, the line that explains it: the text under its declaration."""
+    (declared,) = ast.parse(inspect.getsource(StepMetrics)).body
+    assert isinstance(declared, ast.ClassDef)
+    said = {}
+    for field, text in itertools.pairwise(declared.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(text, ast.Expr)
+            said[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return said
+
+
 _KINDS = ("metrics", "ledger", "quarantine", "skipped")
 
 
@@ -97,11 +116,13 @@ class MetricsLog:
         for bad in batch.replaced:
             self._rows["quarantine"].append({"step": step, **dataclasses.asdict(bad)})
         if self._ledger:
-            self._rows["ledger"].append(_samples_of(step, batch))
+            self._rows["ledger"].append(_samples(step, batch.positions, batch.sample_ids))
 
-    def skipped(self, step: int, batch: Batch) -> None:
+    def skipped(
+        self, step: int, *, positions: NDArray[np.int64], sample_ids: NDArray[np.int64]
+    ) -> None:
         """Keep the samples of a step that had no effect, because it was not finite."""
-        self._rows["skipped"].append(_samples_of(step, batch))
+        self._rows["skipped"].append(_samples(step, positions, sample_ids))
 
     def flush(self, *, next_step: int) -> None:
         """Write what there is as a part, and begin another with `next_step`."""
@@ -121,6 +142,10 @@ class Board:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(folder)
+        meanings = what_figures_mean().items()
+        self._writer.add_text(
+            "what the figures mean", "\n".join(f"- **{name}**: {text}" for name, text in meanings)
+        )
 
     def add(self, metrics: StepMetrics) -> None:
         for name, value in dataclasses.asdict(metrics).items():
@@ -145,12 +170,14 @@ def open_board(folder: str) -> Board | None:
     return Board(folder)
 
 
-def _samples_of(step: int, batch: Batch) -> dict[str, Any]:
+def _samples(
+    step: int, positions: NDArray[np.int64], sample_ids: NDArray[np.int64]
+) -> dict[str, Any]:
     return {
         "step": step,
-        "start": int(batch.positions[0]),
-        "stop": int(batch.positions[-1]) + 1,
-        "sample_ids": batch.sample_ids.tolist(),
+        "start": int(positions[0]),
+        "stop": int(positions[-1]) + 1,
+        "sample_ids": sample_ids.tolist(),
     }
 
 

@@ -67,6 +67,14 @@ class ModelConfig:
         if not self.temperature > 0:
             raise ValueError(f"model.temperature must be above 0, not {self.temperature}")
 
+    def keys_of_step(self, global_batch_size: int) -> int:
+        """Keys that a step encodes, over all ranks."""
+        return global_batch_size * (2 if self.symmetric else 1)
+
+    def negatives(self, global_batch_size: int) -> int:
+        """Keys that a query is told apart from; guessing costs ln(1 + this) nats."""
+        return global_batch_size - 1 if self.dictionary == "end_to_end" else self.queue_size
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
@@ -179,14 +187,14 @@ class MoCo(nn.Module):
         """Part of the queue that holds real keys after so many steps; 1 without a queue."""
         if self.config.dictionary != "queue":
             return 1.0
-        keys = steps * global_batch_size * (2 if self.config.symmetric else 1)
+        keys = steps * self.config.keys_of_step(global_batch_size)
         return min(1.0, keys / self.config.queue_size)
 
     def oldest_key(self, steps: int, *, global_batch_size: int) -> float:
         """Age in steps of the queue's oldest key after so many steps; 0 without a queue."""
         if self.config.dictionary != "queue":
             return 0.0
-        keys = global_batch_size * (2 if self.config.symmetric else 1)
+        keys = self.config.keys_of_step(global_batch_size)
         return min(float(steps), self.config.queue_size / keys)
 
     def health(self, output: StepOutput) -> dict[str, float]:
@@ -289,9 +297,12 @@ class MoCo(nn.Module):
         if self.encoder_k is None:
             return
         followed: list[Tensor] = list(self.encoder_k.parameters())
-        # A weight on the device, so that the host need not know whether the step counts.
+        # A weight on the device, so that the host need not know whether the step counts. (foreach
+        # lerp has no fast way for that.)
         weight = (1 - self.config.momentum) * is_finite.to(followed[0].dtype)
-        torch._foreach_lerp_(followed, [*self.encoder_q.parameters()], [weight] * len(followed))
+        ahead = torch._foreach_sub([*self.encoder_q.parameters()], followed)
+        torch._foreach_mul_(ahead, weight)
+        torch._foreach_add_(followed, ahead)
 
     def _keys(self, views: Tensor, *, step: int, half: int, part: int) -> Tensor | None:
         """The keys of all ranks in position order, encoded in shuffled BN groups."""

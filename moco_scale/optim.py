@@ -1,9 +1,9 @@
 """SGD and its learning rate, as a function of the place in the schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class OptimConfig:
     smaller."""
     max_skipped_steps: int = 10
     """Steps in a row that may be without effect, because something in them was not finite."""
+    max_skipped_frac: float = 0.01
+    """Part of all steps that may be so; max_skipped_steps of them may in any case."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises from 0 to lr."""
 
@@ -51,32 +53,48 @@ class OptimConfig:
         for name in ("images", "lr_decay_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 <= self.max_skipped_frac <= 1:
+            raise ValueError(f"optim.max_skipped_frac must be 0 to 1, not {self.max_skipped_frac}")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"optim.milestones must be rising, not {self.milestones}")
 
 
-def schedule_steps(config: OptimConfig, *, steps_per_epoch: int, global_batch_size: int) -> int:
-    """Length of the schedule in steps."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulePosition:
+    """Where a run is in its data; what the schedule follows."""
+
+    step: int
+    """Global batches since the start, as if all epochs had been as long as this one."""
+    images: int
+    """Images since the start, over all ranks."""
+    steps_per_epoch: int
+    """Of this epoch."""
+    global_batch_size: int
+
+
+def steps_left(at: SchedulePosition, config: OptimConfig) -> int:
+    """Steps to the end of the schedule, if the epochs to come are as long as this one."""
     if config.images:
-        return -(-config.images // global_batch_size)
-    return config.epochs * steps_per_epoch
+        return max(0, -(-(config.images - at.images) // at.global_batch_size))
+    return max(0, config.epochs * at.steps_per_epoch - at.step)
 
 
-def lr_at(step: int, config: OptimConfig, *, steps_per_epoch: int, global_batch_size: int) -> float:
-    """Learning rate of a step, counted from 0."""
-    if step < config.lr_warmup_steps:
-        return config.lr * (step + 1) / config.lr_warmup_steps
+def lr_at(at: SchedulePosition, config: OptimConfig) -> float:
+    """Learning rate of the step that begins here."""
+    if at.step < config.lr_warmup_steps:
+        return config.lr * (at.step + 1) / config.lr_warmup_steps
     if config.schedule == "step":
         if config.lr_decay_images:
-            passed = step * global_batch_size // config.lr_decay_images
+            passed = at.images // config.lr_decay_images
         else:
-            passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+            passed = sum(at.step >= epoch * at.steps_per_epoch for epoch in config.milestones)
         return float(config.lr * config.lr_decay**passed)
     first = config.lr_warmup_steps
-    last = schedule_steps(
-        config, steps_per_epoch=steps_per_epoch, global_batch_size=global_batch_size
-    )
-    done = min(1.0, (step - first) / max(1, last - first))
+    if config.images:
+        here, first, last = at.images, first * at.global_batch_size, config.images
+    else:
+        here, last = at.step, config.epochs * at.steps_per_epoch
+    done = min(1.0, (here - first) / max(1, last - first))
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -92,6 +110,19 @@ def build_sgd(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def load_sgd(optimizer: torch.optim.SGD, saved: Mapping[str, Any]) -> None:
+    """Take the momentum out of a saved state; the settings stay this run's.
+
+    (The optimizer's own load_state_dict would bring the saved settings back, and the saved layout
+    in memory, which the fused step takes for that of the weights.)
+    """
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    for index, of_parameter in saved["state"].items():
+        parameter = parameters[index]
+        momentum = torch.empty_like(parameter).copy_(of_parameter["momentum_buffer"])
+        optimizer.state[parameter]["momentum_buffer"] = momentum
 
 
 def step_if(is_finite: Tensor, optimizer: torch.optim.SGD) -> None:

@@ -1,6 +1,7 @@
 """One process of a training run: settings, ranks, loader and trainer put together."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 
 from moco_scale import distributed
@@ -70,6 +71,13 @@ def _train(
             f"{config.data.global_batch_size} images a step, {loader.steps_per_epoch:,} steps "
             f"an epoch, {trainer.last_step:,} in all"
         )
+        chance = math.log(1 + config.model.negatives(config.data.global_batch_size))
+        rises = ", and rises first, while noise keys are replaced"
+        say(
+            f"loss: InfoNCE in nats; guessing costs {chance:.2f}"
+            f"{rises if config.model.dictionary == 'queue' else ''}"
+        )
+        say("lookup: how often an image's own key scores highest; wait: part of a step for data")
         if ranks.speaks:
             saved = json.dumps(to_mapping(config), indent=1)
             open_store(config.run.url).put(CONFIG_FILE, saved.encode())

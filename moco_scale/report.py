@@ -24,7 +24,12 @@ from torch import Tensor
 from moco_scale.config import TrainConfig, read_run_config, to_mapping
 from moco_scale.errors import TrainError
 from moco_scale.evaluate import EVALUATION_FILE
-from moco_scale.metrics import StepMetrics, read_metrics, read_quarantine
+from moco_scale.metrics import (
+    StepMetrics,
+    read_metrics,
+    read_quarantine,
+    what_figures_mean,
+)
 from pipelines import IMAGE_MEAN, IMAGE_STD, iterate_once, open_loader
 from shards import ShardSet, open_store
 from shards.errors import NotFoundError
@@ -32,6 +37,14 @@ from shards.errors import NotFoundError
 REPORT_FILE = "report.html"
 _SHOWN_REJECTIONS = 50
 _SHOWN_PAIRS = 24
+_HEALTH = {
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+    "effective_rank": "effective rank",
+    "duplicate_key_frac": "duplicate keys, part of all",
+    "knn_accuracy": "online kNN accuracy",
+}
+"""Titles of the curves about the embeddings, by their name in the metrics."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +82,16 @@ def build_report(run_url: str) -> str:
     shard_sets = [ShardSet.open(url) for url in config.data.shards]
     shard_set, num_samples = shard_sets[0], sum(one.num_samples for one in shard_sets)
     evaluation = _read_evaluation(run_url)
-    steps_to_fill = config.model.queue_size / config.data.global_batch_size
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = (resources.files("moco_scale") / "templates" / "report.html").read_text()
     return environment.from_string(template).render(
         title=f"MoCo on {num_samples:,} images: {config.model.backbone}",
         run_url=run_url,
         tiles=_tiles(metrics, config, evaluation, num_bad=len(read_quarantine(run_url))),
-        queue_size=config.model.queue_size,
-        full_step=math.ceil(steps_to_fill),
-        chance_loss=math.log(config.model.queue_size + 1),
+        negatives=config.model.negatives(config.data.global_batch_size),
+        full_step=math.ceil(_steps_to_fill(config)),
+        chance_loss=_chance_loss(config),
+        meanings=_meanings(),
         world_size=metrics[-1].world_size,
         evaluation=evaluation,
         ks=list(evaluation["scores"][0]["accuracy"]) if evaluation else [],
@@ -91,7 +104,7 @@ def build_report(run_url: str) -> str:
         packed=num_samples,
         config=to_mapping(config),
         versions=_versions(),
-        **_plots(metrics, config, steps_to_fill),
+        **_plots(metrics, config),
         **_data_section(shard_set),
     )
 
@@ -110,13 +123,16 @@ def _tiles(
     tiles = [
         (f"{last.step:,}", f"steps, {last.epoch:.1f} epochs"),
         (f"{last.step * config.data.global_batch_size:,}", "images seen"),
-        (f"{last.loss:.3f}", "loss at the end"),
-        (f"{100 * last.lookup_accuracy:.1f} %", "lookup accuracy at the end"),
+        (_shown(last.loss, ".3f"), "loss at the end"),
+        (_shown(last.lookup_accuracy, ".1%"), "lookup accuracy at the end"),
         (f"{rate:,.0f}", "images/s, median"),
         (f"{100 * wait:.1f} %", "of a step waiting for data, median"),
     ]
     if num_bad:
         tiles.append((f"{num_bad:,}", "bad samples replaced"))
+    skipped = sum(row.skipped_steps for row in metrics)
+    if skipped:
+        tiles.append((f"{skipped:,}", "steps not finite, skipped"))
     if evaluation:
         k = next(iter(evaluation["scores"][0]["accuracy"]))
         trained = {row["features"]: row["accuracy"][k] for row in evaluation["scores"]}["trained"]
@@ -124,36 +140,54 @@ def _tiles(
     return tiles
 
 
-def _plots(
-    metrics: Sequence[StepMetrics], config: TrainConfig, steps_to_fill: float
-) -> dict[str, str]:
-    steps = [row.step for row in metrics]
-    chance = math.log(config.model.queue_size + 1)
+def _shown(value: float | None, form: str) -> str:
+    if value is None:
+        return "not finite"
+    return format(value, form).replace("%", " %")
+
+
+def _chance_loss(config: TrainConfig) -> float:
+    return math.log(1 + config.model.negatives(config.data.global_batch_size))
+
+
+def _steps_to_fill(config: TrainConfig) -> float:
+    if config.model.dictionary != "queue":
+        return 0.0
+    return config.model.queue_size / config.model.keys_of_step(config.data.global_batch_size)
+
+
+def _meanings() -> list[tuple[str, str]]:
+    """A line for each figure of the metrics that is drawn here, from where they are declared."""
+    drawn = ("loss", "lookup_accuracy", "lr", "grad_norm", *_HEALTH)
+    said = what_figures_mean()
+    return [(name.replace("_", " "), said[name]) for name in drawn]
+
+
+def _plots(metrics: Sequence[StepMetrics], config: TrainConfig) -> dict[str, Any]:
+    def curve(name: str, title: str, *, scale: float = 1.0, **options: Any) -> str:
+        rows = [(row.step, getattr(row, name)) for row in metrics]
+        known = [(step, scale * value) for step, value in rows if value is not None]
+        return _plot(known, title, **options) if known else ""
+
+    filled = _steps_to_fill(config) or None
+    health = [curve(name, title) for name, title in _HEALTH.items()]
     return {
-        "loss_plot": _plot(
-            steps, [row.loss for row in metrics], "loss (InfoNCE)", at=steps_to_fill, level=chance
+        "loss_plot": curve("loss", "loss (InfoNCE)", at=filled, level=_chance_loss(config)),
+        "accuracy_plot": curve("lookup_accuracy", "lookup accuracy, %", scale=100, at=filled),
+        "rate_plot": curve("samples_per_s", "images/s", from_zero=True),
+        "wait_plot": curve(
+            "data_wait_frac", "% of step waiting for data", scale=100, from_zero=True
         ),
-        "accuracy_plot": _plot(
-            steps,
-            [100 * row.lookup_accuracy for row in metrics],
-            "lookup accuracy, %",
-            at=steps_to_fill,
-        ),
-        "rate_plot": _plot(
-            steps, [row.samples_per_s for row in metrics], "images/s", from_zero=True
-        ),
-        "wait_plot": _plot(
-            steps,
-            [100 * row.data_wait_frac for row in metrics],
-            "% of step waiting for data",
-            from_zero=True,
-        ),
+        "health_plots": [
+            plot
+            for plot in (*health, curve("grad_norm", "gradient norm"), curve("lr", "learning rate"))
+            if plot
+        ],
     }
 
 
 def _plot(
-    steps: Sequence[int],
-    values: Sequence[float],
+    points: Sequence[tuple[int, float]],
     name: str,
     *,
     at: float | None = None,
@@ -161,10 +195,12 @@ def _plot(
     from_zero: bool = False,
 ) -> str:
     """One curve as an SVG element."""
+    steps, values = zip(*points, strict=True)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(steps, values, color="#1f6feb", linewidth=1.6)
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, values, color="#1f6feb", linewidth=1.6, marker=marker)
         if level is not None:
             axes.axhline(level, color="#b35900", linewidth=1, linestyle=":")
             axes.annotate(

@@ -8,18 +8,22 @@ import resource
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco_scale.checkpoint import (
     Checkpoint,
     CheckpointWriter,
+    changed_settings,
     check_fits,
     latest,
     load_checkpoint,
@@ -40,11 +44,13 @@ from moco_scale.metrics import MetricsLog, StepMetrics, forget_after, open_board
 from moco_scale.model import MoCo, ModelConfig, StepOutput
 from moco_scale.optim import (
     OptimConfig,
+    SchedulePosition,
     build_sgd,
+    load_sgd,
     lr_at,
-    schedule_steps,
     set_lr,
     step_if,
+    steps_left,
 )
 from pipelines.config import DataConfig
 from pipelines.errors import BadDataError
@@ -69,7 +75,8 @@ class RunConfig:
     """URL of a checkpoint whose weights a new run begins with: another run's, or a published one
     of the same architecture. Everything else (optimizer, position, schedule) begins anew."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of run.url; never; or the URL of a checkpoint."""
+    """auto: go on from the newest checkpoint of run.url; never; or the URL of another run's
+    checkpoint, which a run without checkpoints of its own goes on from."""
     log_every: int = 10
     """Steps between two rows of metrics."""
     checkpoint_every: int = 500
@@ -147,8 +154,8 @@ class Trainer:
             encoder: instead of the one that `model` describes; N x 3 x S x S to N x dim.
 
         Raises:
-            CheckpointError: no such checkpoint, one of another architecture, or one where
-                run.resume wants none.
+            CheckpointError: no such checkpoint, one of another architecture or recipe, or one
+                where run.resume wants none.
             StateError: the checkpoint's position belongs to another shard set or seed.
         """
         self.config = {
@@ -184,29 +191,28 @@ class Trainer:
         self._knn = self._open_knn()
         self._best: tuple[float, int] | None = None
         self._stop = _StopSignals()
-        self._flags = _HostCopy()
-        self._previous_batch: Batch | None = None
-        self._skipped_in_a_row = 0
+        self._flags = _Flags()
+        self._save_due = False
+        self._skipped = self._skipped_in_a_row = 0
         self._sums = _Sums(ranks.device)
         self._resume()
 
     @property
-    def scheduled_step(self) -> int:
-        """Where the run is in its epochs, in steps of this one's length: what the schedule follows.
-
-        It is `step`, unless the shard set has grown or shrunk between epochs.
-        """
-        return self.loader.epoch * self.loader.steps_per_epoch + self.loader.step_in_epoch
+    def position(self) -> SchedulePosition:
+        """Where the run is in its data. Its `step` is the run's, unless the shard set has grown or
+        shrunk between epochs."""
+        loader = self.loader
+        return SchedulePosition(
+            step=loader.epoch * loader.steps_per_epoch + loader.step_in_epoch,
+            images=loader.images,
+            steps_per_epoch=loader.steps_per_epoch,
+            global_batch_size=self.data_config.global_batch_size,
+        )
 
     @property
     def last_step(self) -> int:
         """Steps of the whole run, if the epochs to come are as long as this one."""
-        steps = schedule_steps(
-            self.optim_config,
-            steps_per_epoch=self.loader.steps_per_epoch,
-            global_batch_size=self.data_config.global_batch_size,
-        )
-        last = self.step + max(0, steps - self.scheduled_step)
+        last = self.step + steps_left(self.position, self.optim_config)
         return min(last, self.run_config.max_steps) if self.run_config.max_steps else last
 
     @property
@@ -220,7 +226,7 @@ class Trainer:
         SIGTERM and SIGUSR1 save and stop; see RunResult.preempted.
 
         Raises:
-            TrainError: too many steps in a row had a loss or a gradient that is not finite.
+            TrainError: too many steps had a loss or a gradient that is not finite.
             BadDataError: more samples had to be replaced than data.max_bad_frac allows.
         """
         first_step = self.step
@@ -263,11 +269,12 @@ class Trainer:
         Returns:
             Whether any rank was told by a signal to stop; then it has been saved.
         """
-        preempted = self._train_step()
-        # Not after a step without effect: the ones before it may have been what broke it.
-        saving = preempted or (
-            self._due(self.run_config.checkpoint_every) and not self._skipped_in_a_row
-        )
+        self._train_step()
+        self._save_due = self._save_due or self._due(self.run_config.checkpoint_every)
+        preempted = self._hear(of_all=self._save_due)
+        # It waits for a step with effect: the ones before may be what broke this one. But for what
+        # will not be.
+        saving = preempted or self.finished or (self._save_due and not self._skipped_in_a_row)
         if saving or self._due(self.run_config.log_every):
             self._measure(scoring=saving and not preempted)
         if saving:
@@ -289,6 +296,7 @@ class Trainer:
             rng=rng,
             config=self.config,
             best=self._best,
+            skipped_steps=self._skipped,
             versions={name: metadata.version(name) for name in ("moco-scale", "torch")},
             world_size=self.ranks.world_size,
         )
@@ -297,28 +305,27 @@ class Trainer:
         """Go back to a checkpoint; before the first batch only.
 
         Raises:
-            CheckpointError: it is of another architecture.
+            CheckpointError: it is of another architecture or recipe.
             StateError: its position belongs to another shard set or seed.
         """
         check_fits(checkpoint, model=self.model.state_dict(), config=self.config)
         self.loader.load_state_dict(checkpoint.loader)
         self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        load_sgd(self.optimizer, checkpoint.optimizer)
         torch.set_rng_state(checkpoint.rng["cpu"])
         if self.ranks.device.type == "cuda" and "cuda" in checkpoint.rng:
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.ranks.device)
         self.step = checkpoint.step
         self._best = checkpoint.best
+        self._skipped = checkpoint.skipped_steps
         self.resumed_from = checkpoint.url
+        changed = changed_settings(checkpoint, self.config)
+        if changed and self.ranks.speaks:
+            logger.warning("not as %s was made: %s", checkpoint.url, ", ".join(changed))
 
-    def _train_step(self) -> bool:
-        """One update; True when a signal reached any rank."""
-        lr = lr_at(
-            self.scheduled_step,
-            self.optim_config,
-            steps_per_epoch=self.loader.steps_per_epoch,
-            global_batch_size=self.data_config.global_batch_size,
-        )
+    def _train_step(self) -> None:
+        """One update."""
+        lr = lr_at(self.position, self.optim_config)
         waited = time.perf_counter()
         batch = next(self.loader)
         self._sums.wait_s += time.perf_counter() - waited
@@ -334,9 +341,8 @@ class Trainer:
         self.step += 1
         self._sums.add(output, replaced=agreed[1], is_finite=is_finite)
         self._last_output = output
-        stop, skipped = self._flags.read(torch.stack([agreed[0], (~is_finite).to(agreed.dtype)]))
-        self._note(batch, skipped=skipped > 0)
-        return stop > 0
+        flags = torch.stack([agreed[0], (~is_finite).to(agreed.dtype)])
+        self._flags.put(flags, _Taken(self.step, batch.positions, batch.sample_ids))
 
     def _backward(self, batch: Batch) -> StepOutput:
         layout = torch.channels_last if self.run_config.channels_last else torch.contiguous_format
@@ -363,31 +369,45 @@ class Trainer:
         is_finite = all_reduce_flat([*gradients, *self.model.statistics(), agreed], self.ranks)
         return agreed * self.ranks.world_size, is_finite
 
-    def _note(self, batch: Batch, *, skipped: bool) -> None:
-        """Write down the batch of a step that had no effect; stop if there are too many in a row.
+    def _hear(self, *, of_all: bool) -> bool:
+        """Hear of steps that had no effect, and whether any rank was told by a signal to stop.
 
-        On an accelerator the host hears of a step one step late.
+        Args:
+            of_all: of the last step, too, which an accelerator may still be busy with.
         """
-        is_late = self.ranks.device.type != "cpu"
-        step = self.step - 1 if is_late else self.step
-        culprit = self._previous_batch if is_late else batch
-        self._previous_batch = batch
-        if not skipped:
-            self._skipped_in_a_row = 0
-            return
-        assert culprit is not None, "a step was made before it was heard of"
+        told_to_stop = False
+        for (stop, skipped), taken in self._flags.take(of_all=of_all):
+            told_to_stop = told_to_stop or stop > 0
+            if skipped:
+                self._note_skipped(taken)
+            else:
+                self._skipped_in_a_row = 0
+        if told_to_stop and not of_all:
+            self._hear(of_all=True)
+        return told_to_stop
+
+    def _note_skipped(self, taken: "_Taken") -> None:
+        """Write down the samples of a step that had no effect; stop if there are too many."""
+        self._skipped += 1
         self._skipped_in_a_row += 1
-        self._log.skipped(step, culprit)
+        self._log.skipped(taken.step, positions=taken.positions, sample_ids=taken.sample_ids)
         logger.warning(
-            "step %d: not finite (loss, gradient or statistics); it has changed nothing", step
+            "step %d: not finite (loss, gradient or statistics); it has changed nothing", taken.step
         )
-        if self._skipped_in_a_row > self.optim_config.max_skipped_steps:
-            raise TrainError(
-                f"step {step}: {self._skipped_in_a_row} steps in a row were not finite, more than "
-                f"optim.max_skipped_steps; {self.store.url}/skipped names their samples: start "
-                "again from the last checkpoint with a lower optim.lr or a longer "
-                "optim.lr_warmup_steps"
-            )
+        optim = self.optim_config
+        if self._skipped_in_a_row > optim.max_skipped_steps:
+            which = f"{self._skipped_in_a_row} steps in a row were not finite, more than "
+            setting = "optim.max_skipped_steps"
+        elif self._skipped > max(optim.max_skipped_steps, optim.max_skipped_frac * taken.step):
+            which = f"{self._skipped} steps were not finite, more than "
+            setting = f"optim.max_skipped_frac {optim.max_skipped_frac:g} of them"
+        else:
+            return
+        raise TrainError(
+            f"step {taken.step}: {which}{setting}; {self.store.url}/skipped names their samples: "
+            "start again from the last checkpoint with a lower optim.lr or a longer "
+            "optim.lr_warmup_steps"
+        )
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.finished
@@ -409,11 +429,11 @@ class Trainer:
         health = self.model.health(self._last_output) if self.ranks.speaks else {}
         metrics = StepMetrics(
             step=self.step,
-            epoch=self.scheduled_step / self.loader.steps_per_epoch,
-            loss=loss / finite if finite else math.nan,
-            lookup_accuracy=accuracy / finite if finite else math.nan,
+            epoch=self.position.step / self.position.steps_per_epoch,
+            loss=loss / finite if finite else None,
+            lookup_accuracy=accuracy / finite if finite else None,
             lr=self.optimizer.param_groups[0]["lr"],
-            grad_norm=norm,
+            grad_norm=norm if math.isfinite(norm) else None,
             samples_per_s=images / elapsed_s,
             step_s=elapsed_s / steps,
             data_wait_frac=wait_s / elapsed_s,
@@ -458,6 +478,7 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint; the rows that led to it first, so that no step is lost between them."""
+        self._save_due = False
         self._log.flush(next_step=self.step + 1)
         barrier(self.ranks)  # a checkpoint whose rows a lost rank still held would leave a gap
         if self.ranks.speaks:
@@ -506,6 +527,10 @@ class Trainer:
         steps = saved_steps(self.store)
         if asked == "auto":
             return latest(self.store) if steps else None
+        if steps and asked != "never":
+            own = latest(self.store)
+            if own.config["run"]["resume"] == asked:  # stopped since, and started again
+                return own
         if steps:
             raise CheckpointError(
                 f"{self.store.url} already has checkpoints (up to step {steps[-1]}), and "
@@ -560,27 +585,44 @@ class _StopSignals:
         self.received = True
 
 
-class _HostCopy:
-    """Reads numbers off the device without stalling it: on an accelerator, one call late."""
+class _Taken(NamedTuple):
+    """What a step took."""
+
+    step: int
+    positions: NDArray[np.int64]
+    sample_ids: NDArray[np.int64]
+
+
+class _Flags:
+    """Flags of steps, read off the device without stalling it: on an accelerator, a step late."""
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, _Taken]] = deque()
 
-    def read(self, values: Tensor) -> list[float]:
-        if values.device.type == "cpu":
-            numbers: list[float] = values.tolist()
-            return numbers
-        previous = self._pending
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
-        event.record()
-        self._pending = (host, event)
-        if previous is None:
-            return [0.0] * len(values)
-        previous[1].synchronize()  # of the step before: this one is already queued behind it
-        late: list[float] = previous[0].tolist()
-        return late
+    def put(self, flags: Tensor, taken: _Taken) -> None:
+        """Begin to copy a step's flags to the host."""
+        event = None
+        if flags.device.type != "cpu":
+            copied = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            flags = copied.copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+            event.record()
+        self._pending.append((flags, event, taken))
+
+    def take(self, *, of_all: bool) -> Iterator[tuple[list[float], _Taken]]:
+        """The flags that have come, by step.
+
+        Args:
+            of_all: wait for the last step's.
+        """
+        while self._pending:
+            flags, event, taken = self._pending[0]
+            if event is not None:
+                if len(self._pending) == 1 and not of_all:
+                    return
+                event.synchronize()  # of the step before: the last one is queued behind it
+            self._pending.popleft()
+            yield flags.tolist(), taken
 
 
 class _Sums:

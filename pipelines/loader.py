@@ -42,6 +42,10 @@ class Loader(Protocol):
         """Sample ids are below it, as long as the shard set does not grow."""
 
     @property
+    def images(self) -> int:
+        """Images taken since the start of the run, over all ranks."""
+
+    @property
     def epoch(self) -> int:
         """Whole epochs taken since the start of the run."""
 

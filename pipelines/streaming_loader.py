@@ -95,7 +95,9 @@ def open_loader(
     loader = StreamingLoader(
         mixture, maker, config=config, seed=seed, rank=rank, world_size=world_size, agree=agree
     )
-    return HeadspaceLoader(loader) if config.mode == "headspace" else loader
+    if config.mode == "headspace":
+        return HeadspaceLoader(loader, global_batch_size=config.global_batch_size)
+    return loader
 
 
 def _same(value: T) -> T:
@@ -149,6 +151,10 @@ class StreamingLoader:
     @property
     def num_ids(self) -> int:
         return self._mixture.num_ids
+
+    @property
+    def images(self) -> int:
+        return self._place.position
 
     @property
     def epoch(self) -> int:

@@ -49,6 +49,10 @@ class SyntheticLoader:
         return STEPS_PER_EPOCH * self._config.global_batch_size
 
     @property
+    def images(self) -> int:
+        return self._taken * self._config.global_batch_size
+
+    @property
     def epoch(self) -> int:
         return self._taken // STEPS_PER_EPOCH
 
@@ -104,16 +108,20 @@ class HeadspaceLoader:
     Against the real loader it shows how much of a step is waiting for data.
     """
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, *, global_batch_size: int) -> None:
         self._loader = loader
+        self._per_step = global_batch_size
         self._batch: Batch | None = None
         self._taken = 0
         self._samples = 0
-        self._per_step = 0
 
     @property
     def num_ids(self) -> int:
         return self._loader.num_ids
+
+    @property
+    def images(self) -> int:
+        return self._taken * self._per_step
 
     @property
     def epoch(self) -> int:
@@ -133,7 +141,6 @@ class HeadspaceLoader:
     def __next__(self) -> Batch:
         if self._batch is None:
             self._batch = next(self._loader)
-            self._per_step = int(self._loader.state_dict()["position"])
             self._loader.close()
         batch = self._batch
         self._samples += len(batch.positions)

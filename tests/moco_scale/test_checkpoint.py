@@ -11,6 +11,7 @@ import torch
 from moco_scale.checkpoint import (
     Checkpoint,
     CheckpointWriter,
+    changed_settings,
     check_fits,
     checkpoint_path,
     latest,
@@ -32,6 +33,8 @@ SETTINGS = {
     "queue_size": 8,
     "momentum": 0.9,
 }
+DATA = {"recipe": "moco_v2", "view_size": 224, "min_crop_area_frac": 0.2, "global_batch_size": 8}
+CONFIG = {"model": SETTINGS, "data": DATA, "optim": {"lr": 0.03, "epochs": 5}}
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -42,7 +45,7 @@ def checkpoint(step: int) -> Checkpoint:
         optimizer={"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
         loader={"epoch": 1, "set_id": "abc"},
         rng={"cpu": torch.get_rng_state()},
-        config={"model": SETTINGS},
+        config=CONFIG,
         best=None,
         versions={"torch": "2"},
         world_size=2,
@@ -63,7 +66,7 @@ def test_what_was_saved_comes_back(store: Store) -> None:
         assert torch.equal(loaded.model["encoder_q.fc.weight"], torch.full((4, 3), 7.0))
         assert torch.equal(loaded.optimizer["state"][0]["momentum_buffer"], torch.ones(3))
         assert loaded.loader == {"epoch": 1, "set_id": "abc"}
-        assert loaded.config == {"model": SETTINGS}
+        assert loaded.config == CONFIG
         assert loaded.world_size == 2
 
 
@@ -144,11 +147,17 @@ def test_a_pickle_that_runs_code_is_not_loaded(store: Store) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("backbone", "resnet34"), ("dim", 8), ("mlp_head", False), ("queue_size", 16)],
+    [
+        ("backbone", "resnet34"),
+        ("dim", 8),
+        ("mlp_head", False),
+        ("queue_size", 16),
+        ("momentum", 0.5),
+    ],
 )
-def test_another_architecture_is_refused_by_its_setting(name: str, value: object) -> None:
+def test_another_architecture_or_recipe_is_refused_by_its_setting(name: str, value: object) -> None:
     saved = checkpoint(1)
-    other = {"model": {**SETTINGS, name: value}}
+    other = {**CONFIG, "model": {**SETTINGS, name: value}}
 
     with pytest.raises(
         CheckpointError, match=rf"model\.{name} .*{SETTINGS[name]}.*{value}"
@@ -156,12 +165,22 @@ def test_another_architecture_is_refused_by_its_setting(name: str, value: object
         check_fits(saved, model=saved.model, config=other)
 
     assert "\n" not in str(said.value)
-    check_fits(saved, model=saved.model, config={"model": {**SETTINGS, "momentum": 0.5}})
+
+
+def test_what_may_change_on_the_way_is_told() -> None:
+    saved = checkpoint(1)
+    now = {"model": SETTINGS, "data": {**DATA, "global_batch_size": 4}, "optim": {"lr": 0.06}}
+
+    check_fits(saved, model=saved.model, config=now)
+
+    assert changed_settings(saved, now) == [
+        "optim.lr 0.03 -> 0.06",
+        "data.global_batch_size 8 -> 4",
+    ]
 
 
 def test_other_tensors_are_refused_by_name() -> None:
     saved = dataclasses.replace(checkpoint(1), url="s3://run/checkpoints/step-000000001.pt")
-    settings = {"model": SETTINGS}
 
     for model, word in (
         ({**saved.model, "encoder_q.fc.weight": torch.ones(4, 5)}, r"fc\.weight of shape \(4, 3\)"),
@@ -169,7 +188,7 @@ def test_other_tensors_are_refused_by_name() -> None:
         ({"queue": saved.model["queue"]}, r"encoder_q\.fc\.weight"),
     ):
         with pytest.raises(CheckpointError, match=word):
-            check_fits(saved, model=model, config=settings)
+            check_fits(saved, model=model, config=CONFIG)
 
 
 def test_a_writer_saves_what_was_there_though_training_goes_on(store: Store) -> None:

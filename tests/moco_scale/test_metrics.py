@@ -17,6 +17,7 @@ from moco_scale.metrics import (
     read_ledger,
     read_metrics,
     read_quarantine,
+    what_figures_mean,
 )
 from pipelines.loader import Batch
 from shards.store import open_store
@@ -151,7 +152,16 @@ def test_the_same_rows_are_scalars_for_tensorboard(tmp_path: Path) -> None:
     board.add(dataclasses.replace(row(4), knn_accuracy=0.75))
 
     events = EventAccumulator(str(tmp_path)).Reload()
+    assert "what the figures mean/text_summary" in events.Tags()["tensors"]
 
     assert [(one.step, one.value) for one in events.Scalars("loss")] == [(2, 3.5), (4, 1.0)]
     assert [(one.step, one.value) for one in events.Scalars("knn_accuracy")] == [(4, 0.75)]
     assert open_board("") is None
+
+
+def test_every_figure_is_explained_in_a_line() -> None:
+    said = what_figures_mean()
+
+    assert list(said) == [field.name for field in dataclasses.fields(StepMetrics)]
+    assert said["lr"] == "Learning rate of the last of the steps."
+    assert all(text.endswith(".") or "run.knn_labels" in text for text in said.values())

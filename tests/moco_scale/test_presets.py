@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moco_scale.config import TrainConfig
-from moco_scale.optim import lr_at, schedule_steps
+from moco_scale.optim import SchedulePosition, lr_at, steps_left
 from moco_scale.settings import from_mapping, read_preset
 
 COMMON = {
@@ -95,13 +95,19 @@ def test_a_preset_has_the_published_constants(name: str) -> None:
     assert found == PUBLISHED[name]
 
 
+def at(step: int, *, batch: int) -> SchedulePosition:
+    return SchedulePosition(
+        step=step, images=step * batch, steps_per_epoch=900_000, global_batch_size=batch
+    )
+
+
 def test_the_rate_of_ig1b_falls_by_a_tenth_every_62_500_steps() -> None:
     optim = preset("moco_v1_ig1b").optim
 
     def rate(step: int) -> float:
-        return lr_at(step, optim, steps_per_epoch=900_000, global_batch_size=1_024)
+        return lr_at(at(step, batch=1_024), optim)
 
-    assert schedule_steps(optim, steps_per_epoch=1, global_batch_size=1_024) == 1_250_000
+    assert steps_left(at(0, batch=1_024), optim) == 1_250_000
     assert rate(0) == rate(62_499) == 0.12
     assert rate(62_500) == pytest.approx(0.108)
     assert rate(1_249_999) == pytest.approx(0.12 * 0.9**19)
@@ -110,5 +116,5 @@ def test_the_rate_of_ig1b_falls_by_a_tenth_every_62_500_steps() -> None:
 def test_a_schedule_in_images_keeps_its_images_at_another_batch() -> None:
     optim = preset("moco_v1_ig1b").optim
 
-    assert schedule_steps(optim, steps_per_epoch=1, global_batch_size=2_048) == 625_000
-    assert lr_at(31_250, optim, steps_per_epoch=1, global_batch_size=2_048) == pytest.approx(0.108)
+    assert steps_left(at(0, batch=2_048), optim) == 625_000
+    assert lr_at(at(31_250, batch=2_048), optim) == pytest.approx(0.108)

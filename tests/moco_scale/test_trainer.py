@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -49,13 +49,17 @@ def build(
     progress: Callable[[StepMetrics], None] | None = None,
     view_dtype: torch.dtype = torch.float32,
     bf16: Literal["on", "off"] = "off",
+    channels_last: bool = True,
+    weight_decay: float = 1e-4,
+    data: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
 ) -> Trainer:
     """Twelve steps: three epochs of four."""
     ranks = ranks or one_rank()
     return Trainer(
-        data=DataConfig(global_batch_size=BATCH, max_bad_frac=max_bad_frac),
-        model=MODEL,
-        optim=OptimConfig(lr=lr, epochs=3),
+        data=DataConfig(global_batch_size=BATCH, max_bad_frac=max_bad_frac, **(data or {})),
+        model=replace(MODEL, **(model or {})),
+        optim=OptimConfig(lr=lr, epochs=3, weight_decay=weight_decay),
         run=RunConfig(
             url=url,
             seed=seed,
@@ -65,6 +69,7 @@ def build(
             checkpoint_every=checkpoint_every,
             ledger=True,
             bf16=bf16,
+            channels_last=channels_last,
         ),
         loader=FakeLoader(
             ranks, global_batch_size=BATCH, num_replaced=num_replaced, dtype=view_dtype
@@ -248,6 +253,70 @@ def test_a_new_run_starts_from_a_checkpoint_given_by_url(url: str) -> None:
         build(f"{url}-other", resume=f"{url}/checkpoints/step-000000099.pt").run()
 
 
+def test_a_branch_that_was_stopped_goes_on_with_the_same_command(url: str) -> None:
+    build(url, max_steps=5).run()
+    first, branch = latest(open_store(url)).url, f"{url}-branch"
+    build(branch, resume=first, max_steps=8).run()
+
+    again = build(branch, resume=first)
+
+    assert again.resumed_from == f"{branch}/checkpoints/step-000000008.pt"
+    assert again.run().step == 12
+    assert_same_bits(state(branch), state(straight_run(url)))
+    with pytest.raises(CheckpointError, match=r"already has checkpoints"):
+        build(branch, resume=f"{url}/checkpoints/step-000000004.pt")
+
+
+def straight_run(url: str) -> str:
+    build(f"{url}-straight").run()
+    return f"{url}-straight"
+
+
+@pytest.mark.parametrize("then", [True, False])
+def test_a_run_goes_on_in_another_layout_in_memory(url: str, then: bool) -> None:
+    build(url, max_steps=6, channels_last=not then).run()
+    before = [one.clone() for one in momentum(build(url, channels_last=not then))]
+
+    after = momentum(build(url, channels_last=then))
+
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    build(url, channels_last=then).run()
+    for name, tensor in state(straight_run(url)).items():
+        torch.testing.assert_close(state(url)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def momentum(trainer: Trainer) -> list[torch.Tensor]:
+    return [trainer.optimizer.state[one]["momentum_buffer"] for one in trainer.parameters]
+
+
+def test_the_optimizers_settings_are_those_of_now_and_the_log_says_so(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(url, max_steps=5).run()
+
+    resumed = build(url, weight_decay=0.25)
+
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.25
+    assert "optim.weight_decay 0.0001 -> 0.25" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model": {"temperature": 0.1}}, r"model\.temperature 0\.2, this run 0\.1.*run\.init"),
+        ({"model": {"symmetric": True}}, r"model\.symmetric False, this run True"),
+        ({"data": {"recipe": "moco_v1"}}, r"data\.recipe '.*', this run 'moco_v1'"),
+    ],
+)
+def test_a_checkpoint_of_another_recipe_is_refused(
+    url: str, change: dict[str, dict[str, object]], expected: str
+) -> None:
+    build(url, max_steps=5).run()
+
+    with pytest.raises(CheckpointError, match=expected):
+        build(url, **change)
+
+
 def test_metrics_say_what_happened(url: str) -> None:
     shown: list[StepMetrics] = []
 
@@ -259,10 +328,13 @@ def test_metrics_say_what_happened(url: str) -> None:
     assert [row.queue_filled_frac for row in rows[:2]] == [32 / 40, 1]
     assert rows[-1].epoch == 3
     for row in rows:
+        assert row.loss is not None
         assert row.loss > 0
+        assert row.lookup_accuracy is not None
         assert 0 <= row.lookup_accuracy <= 1
         assert 0 < row.data_wait_frac < 1
         assert row.samples_per_s == pytest.approx(BATCH / row.step_s)
+        assert row.grad_norm is not None
         assert row.grad_norm > 0
 
 

@@ -50,6 +50,10 @@ class FakeLoader:
         return self.steps_per_epoch * self._batch
 
     @property
+    def images(self) -> int:
+        return self.taken * self._batch
+
+    @property
     def epoch(self) -> int:
         return self.taken // self.steps_per_epoch
 
