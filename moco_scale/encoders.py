@@ -3,6 +3,7 @@
 The names of weights are the library's own, which for ResNets are the published ones.
 """
 
+import copy
 import difflib
 import importlib.util
 from typing import TYPE_CHECKING
@@ -47,6 +48,27 @@ def build_encoder(config: "ModelConfig", *, seed: int) -> nn.Module:
     return encoder
 
 
+def check_encoder(encoder: nn.Module, config: "ModelConfig", *, view_size: int) -> None:
+    """Let the shape of a batch go through a copy without memory: nothing is computed.
+
+    Raises:
+        ConfigError: the backbone does not take views of this size, or gives more than embeddings.
+    """
+    shape = (config.bn_sub_batch, 3, view_size, view_size)
+    try:
+        found = copy.deepcopy(encoder).to("meta").train()(torch.empty(shape, device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as err:
+        raise ConfigError(
+            f"model.backbone {config.backbone!r} does not take views of data.view_size {view_size}:"
+            f" {str(err).splitlines()[0]}; choose another size, or another backbone"
+        ) from err
+    if not isinstance(found, Tensor) or found.shape != (config.bn_sub_batch, config.dim):
+        raise ConfigError(
+            f"model.backbone {config.backbone!r} gives {type(found).__name__} in training, not one "
+            "embedding an image; choose another"
+        )
+
+
 def check_backbone(name: str) -> None:
     """Refuse a name that neither library has.
 
@@ -86,7 +108,9 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
     was_training = encoder.training
     encoder.eval()
     try:
-        encoder(images)
+        # Compiled code would not know of the hook.
+        with torch.compiler.set_stance("force_eager"):
+            encoder(images)
     finally:
         hook.remove()
         encoder.train(was_training)

@@ -138,6 +138,12 @@ class MoCo(nn.Module):
         self.register_state_dict_post_hook(_publish_names)  # type: ignore[no-untyped-call]  # torch's
         self.register_load_state_dict_pre_hook(_accept_published_names)  # type: ignore[no-untyped-call]  # torch's
 
+    def compile_encoders(self) -> None:
+        """Compile both with torch.compile, in place: names of weights stay."""
+        for encoder in (self.encoder_q, self.encoder_k):
+            if encoder is not None:
+                encoder.compile()
+
     @property
     def queue(self) -> Tensor:
         """dim x K."""

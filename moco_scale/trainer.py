@@ -37,7 +37,7 @@ from moco_scale.distributed import (
     barrier,
     broadcast_object,
 )
-from moco_scale.encoders import build_encoder
+from moco_scale.encoders import build_encoder, check_encoder
 from moco_scale.errors import CheckpointError, ConfigError, LostRankError, TrainError
 from moco_scale.knn import OnlineKnn
 from moco_scale.metrics import MetricsLog, StepMetrics, forget_after, open_board
@@ -102,6 +102,9 @@ class RunConfig:
     """Encoders in bfloat16 autocast; auto does so on CUDA only."""
     channels_last: bool = True
     """Memory layout of images and convolutions; faster on all devices."""
+    compile: bool = False
+    """Compile the encoders with torch.compile: a minute or more at the start. Worth a trial on an
+    accelerator; on CPU cores it gains nothing (ResNet-18: 1.00 to 1.03 times as fast)."""
     collective_timeout_s: float = 600.0
     """Longest wait for the other processes, in seconds; one that holds the others up for longer,
     be it for its data, is taken for lost, and all end with exit code 75 to be started again."""
@@ -154,6 +157,7 @@ class Trainer:
             encoder: instead of the one that `model` describes; N x 3 x S x S to N x dim.
 
         Raises:
+            ConfigError: the backbone does not take views of data.view_size.
             CheckpointError: no such checkpoint, one of another architecture or recipe, or one
                 where run.resume wants none.
             StateError: the checkpoint's position belongs to another shard set or seed.
@@ -173,7 +177,9 @@ class Trainer:
         self.step = 0
         self.resumed_from = ""
         """URL of the checkpoint that this run continues; empty for a new run."""
-        encoder = build_encoder(model, seed=run.seed) if encoder is None else encoder
+        if encoder is None:
+            encoder = build_encoder(model, seed=run.seed)
+            check_encoder(encoder, model, view_size=data.view_size)
         uses_bf16 = run.bf16 == "on" or (run.bf16 == "auto" and ranks.device.type == "cuda")
         self.model = MoCo(
             encoder,
@@ -185,6 +191,8 @@ class Trainer:
         ).to(ranks.device)
         if run.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
+        if run.compile:
+            self.model.compile_encoders()
         self.parameters = list(self.model.encoder_q.parameters())
         self.optimizer = build_sgd(self.parameters, optim)
         self._show = progress if ranks.speaks else None

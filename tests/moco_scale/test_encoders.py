@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_scale.encoders import build_encoder, pooled_features
+from moco_scale.encoders import build_encoder, check_encoder, pooled_features
 from moco_scale.errors import ConfigError
 from moco_scale.group_norm import GroupBatchNorm2d
 from moco_scale.model import ModelConfig
@@ -114,6 +114,31 @@ def test_a_timm_layer_with_its_activation_is_what_timm_computes() -> None:
     images = torch.randn(2, 3, 64, 64)
 
     torch.testing.assert_close(encoder(images), plain(images))
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+@pytest.mark.parametrize(
+    ("backbone", "view_size", "expected"),
+    [
+        ("vit_b_16", 64, r"'vit_b_16' does not take views of data\.view_size 64"),
+        ("googlenet", 224, r"'googlenet' gives GoogLeNetOutputs in training"),
+        ("resnet18", 64, ""),
+        ("timm/vit_tiny_patch16_224", 96, r"data\.view_size 96"),
+        ("timm/resnet18", 33, ""),
+    ],
+)
+def test_a_backbone_that_cannot_take_the_views_is_refused_at_once(
+    backbone: str, view_size: int, expected: str
+) -> None:
+    config = ModelConfig(backbone=backbone, dim=16, bn_sub_batch=4)
+    encoder = build_encoder(config, seed=0)
+
+    if not expected:
+        check_encoder(encoder, config, view_size=view_size)
+        return
+    with pytest.raises(ConfigError, match=expected) as said:
+        check_encoder(encoder, config, view_size=view_size)
+    assert "\n" not in str(said.value)
 
 
 def test_a_stem_that_is_not_there_is_not_replaced() -> None:

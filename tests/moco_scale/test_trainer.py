@@ -50,6 +50,7 @@ def build(
     view_dtype: torch.dtype = torch.float32,
     bf16: Literal["on", "off"] = "off",
     channels_last: bool = True,
+    compile: bool = False,
     weight_decay: float = 1e-4,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
@@ -70,6 +71,7 @@ def build(
             ledger=True,
             bf16=bf16,
             channels_last=channels_last,
+            compile=compile,
         ),
         loader=FakeLoader(
             ranks, global_batch_size=BATCH, num_replaced=num_replaced, dtype=view_dtype
@@ -344,6 +346,19 @@ def test_a_run_takes_views_of_any_type(
     url: str, view_dtype: torch.dtype, bf16: Literal["on", "off"]
 ) -> None:
     assert build(url, max_steps=1, view_dtype=view_dtype, bf16=bf16).run().step == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_run_makes_the_same_steps_and_checkpoints(url: str) -> None:
+    build(url, max_steps=3, compile=True).run()
+    build(f"{url}-plain", max_steps=3).run()
+
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]  # type: ignore[attr-defined]
+    plain, compiled = state(f"{url}-plain"), state(url)
+    assert plain.keys() == compiled.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4)
+    assert build(url).resumed_from.endswith("step-000000003.pt")
 
 
 def test_a_run_that_is_broken_for_good_stops_and_saves_none_of_it(url: str) -> None:
