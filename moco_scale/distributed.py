@@ -159,16 +159,32 @@ def all_reduce_flat(tensors: Sequence[Tensor], ranks: Ranks) -> Tensor:
         A tensor of one bool: whether all of it is finite, on all ranks alike.
     """
     if ranks.world_size == 1:
-        # Of the norms the largest is finite if every number is: one number a tensor to look at.
-        return torch.stack(torch._foreach_norm(list(tensors), float("inf"))).isfinite().all()
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return _all_finite(tensors)
+    views = [_in_memory_order(tensor) for tensor in tensors]
+    flat = torch.cat(views)
     with _others_answer():
         dist.all_reduce(flat)
     flat /= ranks.world_size
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view(tensor.shape))
-    return flat.abs().amax().isfinite()
+    torch._foreach_copy_(views, torch.split(flat, [len(view) for view in views]))
+    for tensor, view in zip(tensors, views, strict=True):
+        if view.data_ptr() != tensor.data_ptr():  # it had no such view, and this is a copy
+            tensor.copy_(view.view(tensor.shape))
+    return _all_finite([flat])
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """A tensor of one bool, by one number a tensor: its length is finite if all its numbers are.
+
+    (So is not that of numbers beyond 1e19, whose squares overflow: a step of such is as lost.)
+    """
+    return torch.stack(torch._foreach_norm(list(tensors))).isfinite().all()
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """Its numbers as they lie in memory, which for images is not always that of the indices."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(-1)
 
 
 def all_gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:

@@ -8,13 +8,16 @@ _LOOKED_AT = 256
 
 
 @torch.no_grad()
-def embedding_health(q: Tensor, keys: Tensor | None, queue: Tensor | None) -> dict[str, float]:
+def embedding_health(
+    q: Tensor, keys: Tensor | None, queue: Tensor | None, *, newest: Tensor | None = None
+) -> dict[str, float]:
     """Some figures of one step; the host waits for them.
 
     Args:
         q: n x C, this rank's queries.
         keys: N x C; the first n of them are the queries' positives. None: of the queries alone.
-        queue: C x K, without these keys; None without one.
+        queue: C x K; None without one.
+        newest: columns of the queue that are not looked at, since they hold these keys.
 
     Returns:
         alignment: mean squared distance of a query and its key (Wang and Isola 2020, arXiv
@@ -36,6 +39,8 @@ def embedding_health(q: Tensor, keys: Tensor | None, queue: Tensor | None) -> di
     share = singular / singular.sum().clamp_min(1e-12)
     found["effective_rank"] = float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
     if queue is not None:
-        nearest = (embeddings @ queue.float()).amax(dim=1)
-        found["duplicate_key_frac"] = float((nearest > _DUPLICATE).float().mean())
+        cosines = embeddings @ queue.float()
+        if newest is not None:
+            cosines[:, newest] = -1
+        found["duplicate_key_frac"] = float((cosines.amax(dim=1) > _DUPLICATE).float().mean())
     return found

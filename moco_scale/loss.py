@@ -15,8 +15,8 @@ def info_nce(
 ) -> tuple[Tensor, Tensor]:
     """Mean loss in nats, and lookup accuracy (how often the positive scores highest, 0-1).
 
-    Never holds the N x (1 + K) logits: negatives are gone through in pieces, forward and, computed
-    anew, backward.
+    Never holds the N x (1 + K) logits: negatives are gone through once, in pieces, and the
+    gradient is made on the way.
 
     Args:
         q: N x C, unit length.
@@ -51,18 +51,22 @@ class _InfoNce(torch.autograd.Function):
         ctx: Any, q: Tensor, positives: Tensor, negatives: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         scores = positives / temperature
-        highest, total = scores, torch.ones_like(scores)  # sum of exp(logit - highest) so far
+        # So far: the sums of exp(logit - highest), and of the negatives with these weights.
+        highest, total, mean = scores, torch.ones_like(scores), torch.zeros_like(q)
         is_found = torch.ones_like(scores, dtype=torch.bool)
+        sharp = q / temperature
         for piece in _pieces(negatives, len(q)):
-            logits = (q @ piece).div_(temperature)
+            logits = sharp @ piece
             peak = logits.amax(dim=1)
             is_found &= scores >= peak
             higher = torch.maximum(highest, peak)
-            here = logits.sub_(higher[:, None]).exp_().sum(dim=1)
-            total = total * torch.exp(highest - higher) + here
+            weights = logits.sub_(higher[:, None]).exp_()
+            shrink = torch.exp(highest - higher)
+            total = total * shrink + weights.sum(dim=1)
+            mean = torch.addmm(mean * shrink[:, None], weights, piece.T)
             highest = higher
         normaliser = highest + total.log()
-        ctx.save_for_backward(q, negatives, scores, normaliser)
+        ctx.save_for_backward(mean / total[:, None], scores - normaliser)
         ctx.temperature = temperature
         found = is_found.to(scores.dtype).mean()
         ctx.mark_non_differentiable(found)
@@ -70,14 +74,10 @@ class _InfoNce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, negatives, scores, normaliser = ctx.saved_tensors
-        scale = gradients[0] / (len(q) * ctx.temperature)
-        of_q = torch.zeros_like(q)
-        for piece in _pieces(negatives, len(q)):
-            softmax = (q @ piece).div_(ctx.temperature).sub_(normaliser[:, None]).exp_()
-            of_q.addmm_(softmax, piece.T)
-        of_positives = (torch.exp(scores - normaliser) - 1) * scale
-        return of_q * scale, of_positives, None, None
+        mean, log_share_of_positives = ctx.saved_tensors
+        scale = gradients[0] / (len(mean) * ctx.temperature)
+        of_positives = (log_share_of_positives.exp() - 1) * scale
+        return mean * scale, of_positives, None, None
 
 
 def _pieces(negatives: Tensor, queries: int) -> tuple[Tensor, ...]:

@@ -211,16 +211,12 @@ class MoCo(nn.Module):
             keys = keys[: count * self.ranks.world_size]
         if not output.q.isfinite().all() or (keys is not None and not keys.isfinite().all()):
             return {}
-        return embedding_health(output.q[:count], keys, self._older_keys(output))
-
-    def _older_keys(self, output: StepOutput) -> Tensor | None:
-        """The queue without the keys of the last step, C x K'; None if nothing is left."""
         if self.config.dictionary != "queue" or output.keys is None:
-            return None
-        size, count = self.queue.shape[1], len(output.keys)
-        first = int(self.queue_ptr)  # the oldest of all, as the newest are before it
-        older = (first + torch.arange(size - count, device=self.queue.device)) % size
-        return self.queue[:, older] if len(older) else None
+            return embedding_health(output.q[:count], keys, None)
+        last = len(output.keys)
+        before = self.queue_ptr - last + torch.arange(last, device=self.queue.device)
+        newest = before % self.queue.shape[1]
+        return embedding_health(output.q[:count], keys, self.queue, newest=newest)
 
     def backward(
         self,
@@ -303,12 +299,9 @@ class MoCo(nn.Module):
         if self.encoder_k is None:
             return
         followed: list[Tensor] = list(self.encoder_k.parameters())
-        # A weight on the device, so that the host need not know whether the step counts. (foreach
-        # lerp has no fast way for that.)
+        # A weight on the device, so that the host need not know whether the step counts.
         weight = (1 - self.config.momentum) * is_finite.to(followed[0].dtype)
-        ahead = torch._foreach_sub([*self.encoder_q.parameters()], followed)
-        torch._foreach_mul_(ahead, weight)
-        torch._foreach_add_(followed, ahead)
+        torch._foreach_lerp_(followed, [*self.encoder_q.parameters()], [weight] * len(followed))
 
     def _keys(self, views: Tensor, *, step: int, half: int, part: int) -> Tensor | None:
         """The keys of all ranks in position order, encoded in shuffled BN groups."""
