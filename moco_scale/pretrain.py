@@ -72,12 +72,12 @@ def _train(
             f"an epoch, {trainer.last_step:,} in all"
         )
         chance = math.log(1 + config.model.negatives(config.data.global_batch_size))
-        rises = ", and rises first, while noise keys are replaced"
+        rises = " (it rises first, while noise is replaced)"
         say(
-            f"loss: InfoNCE in nats; guessing costs {chance:.2f}"
+            f"loss: in nats, guessing costs {chance:.2f}"
             f"{rises if config.model.dictionary == 'queue' else ''}"
         )
-        say("lookup: how often an image's own key scores highest; wait: part of a step for data")
+        say("lookup: how often an image's own key scores highest; wait: for data, of a step")
         if ranks.speaks:
             saved = json.dumps(to_mapping(config), indent=1)
             open_store(config.run.url).put(CONFIG_FILE, saved.encode())
