@@ -2,11 +2,13 @@
 
 import dataclasses
 import logging
+import re
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 from moco_scale.checkpoint import (
     Checkpoint,
@@ -20,7 +22,10 @@ from moco_scale.checkpoint import (
     save_checkpoint,
     saved_steps,
 )
+from moco_scale.distributed import one_rank
+from moco_scale.encoders import build_encoder, pooled_features
 from moco_scale.errors import CheckpointError
+from moco_scale.model import MoCo, ModelConfig
 from shards.errors import AccessError
 from shards.store import Store, open_store
 
@@ -225,6 +230,74 @@ def test_a_checkpoint_is_laid_out_as_the_published_ones(store: Store) -> None:
     assert (content["arch"], content["epoch"]) == ("resnet18", 1)
     assert load_weights(url)[0].keys() == checkpoint(7).model.keys()
     assert load_weights(url)[1] is False
+
+
+def test_a_linear_probe_reads_the_query_encoder_into_a_plain_resnet(store: Store) -> None:
+    model = saved_resnet50(store)
+
+    # What linear-probe scripts for published checkpoints do: by this prefix, without the head.
+    weights = torch.load(store_path(store), map_location="cpu")["state_dict"]
+    prefix, head = "module.encoder_q.", "module.encoder_q.fc."
+    body = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix) and not name.startswith(head)
+    }
+    probe = torchvision.models.resnet50().eval()
+    missing, unexpected = probe.load_state_dict(body, strict=False)
+
+    assert (set(missing), unexpected) == ({"fc.weight", "fc.bias"}, [])
+    images = torch.randn(2, 3, 32, 32)
+    probe.fc = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(probe(images), pooled_features(model.encoder_q, images))
+
+
+def test_a_detector_reads_the_query_encoder_under_its_own_names(store: Store) -> None:
+    saved_resnet50(store)
+
+    # What scripts for detectron2 make of the names; those of its ResNet-50 are listed in part.
+    weights = torch.load(store_path(store), map_location="cpu")["state_dict"]
+    prefix = "module.encoder_q."
+    names = set()
+    for published in weights:
+        if published.startswith(prefix):
+            name = published.removeprefix(prefix)
+            name = name if "layer" in name else f"stem.{name}"
+            name = re.sub(r"layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+            name = re.sub(r"bn(\d)", r"conv\1.norm", name)
+            names.add(
+                name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+            )
+
+    norm = ("weight", "bias", "running_mean", "running_var")
+    blocks = [
+        f"res{stage}.{n}" for stage, count in ((2, 3), (3, 4), (4, 6), (5, 3)) for n in range(count)
+    ]
+    convs = [f"{block}.conv{n}" for block in blocks for n in (1, 2, 3)]
+    convs += ["stem.conv1", *(f"res{stage}.0.shortcut" for stage in (2, 3, 4, 5))]
+    expected = {
+        f"{conv}.{end}" for conv in convs for end in ("weight", *(f"norm.{n}" for n in norm))
+    }
+    assert expected <= names
+    assert {name for name in names - expected if "num_batches" not in name} == {
+        "stem.fc.0.weight",
+        "stem.fc.0.bias",
+        "stem.fc.2.weight",
+        "stem.fc.2.bias",
+    }
+
+
+def saved_resnet50(store: Store) -> MoCo:
+    config = ModelConfig(dim=8, queue_size=8, bn_sub_batch=2, shuffle_domain=4)
+    encoder = build_encoder(config, seed=0)
+    model = MoCo(encoder, config, seed=0, ranks=one_rank())
+    save_checkpoint(store, dataclasses.replace(checkpoint(1), model=model.state_dict()), keep=1)
+    return model
+
+
+def store_path(store: Store) -> str:
+    return f"{store.url}/{checkpoint_path(1)}"
 
 
 def test_weights_of_a_published_checkpoint_are_read(tmp_path: Path) -> None:
