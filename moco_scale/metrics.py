@@ -61,7 +61,8 @@ class StepMetrics:
     queue_age_steps: float
     """Age of the queue's oldest key. The slower the key encoder, the older a key may be."""
     memory_bytes: int
-    """Most memory so far: of the accelerator's, or of the process where there is none."""
+    """Most memory so far, of the rank that has most: of the accelerator's, or of the process where
+    there is none."""
     alignment: float | None
     """Mean squared distance of a query and its key, 0 to 4. Falls as views of one image meet."""
     uniformity: float | None

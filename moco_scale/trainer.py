@@ -428,7 +428,7 @@ class Trainer:
         # Every rank sees the same figures, so all of them stop, or none.
         rows = all_gather_rows(self._sums.row(grad_norm), self.ranks).cpu()
         loss, accuracy, replaced, norm, finite = (rows[:, :5].mean(dim=0)).tolist()
-        wait_s, stall_s, elapsed_s = rows[:, 5:].amax(dim=0).tolist()
+        wait_s, stall_s, elapsed_s, memory_bytes = rows[:, 5:].amax(dim=0).tolist()
         score = None
         if self._knn is not None and scoring:
             score = self._knn.accuracy(self.model.encoder_q)
@@ -455,7 +455,7 @@ class Trainer:
             queue_age_steps=self.model.oldest_key(
                 self.step, global_batch_size=self.data_config.global_batch_size
             ),
-            memory_bytes=_most_memory(self.ranks.device),
+            memory_bytes=round(memory_bytes),
             alignment=health.get("alignment"),
             uniformity=health.get("uniformity"),
             effective_rank=health.get("effective_rank"),
@@ -660,13 +660,14 @@ class _Sums:
         self._finite += is_finite
 
     def row(self, grad_norm: Tensor) -> Tensor:
-        """1 x 8: loss, accuracy, replaced, gradient norm and finite steps; seconds that were
-        waited for data, held up by saving, and passed."""
+        """1 x 9: loss, accuracy, replaced, gradient norm and finite steps; seconds that were
+        waited for data, held up by saving, and passed; bytes of memory."""
         summed = torch.stack(
             [self._loss, self._accuracy, self._replaced, grad_norm.double(), self._finite]
         )
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the seconds count work, not its launching
         elapsed_s = time.perf_counter() - self._started
-        host = torch.tensor([self.wait_s, self.stall_s, elapsed_s], dtype=torch.float64)
+        seconds = [self.wait_s, self.stall_s, elapsed_s]
+        host = torch.tensor([*seconds, _most_memory(self._device)], dtype=torch.float64)
         return torch.cat([summed, host.to(self._device)]).unsqueeze(0)
