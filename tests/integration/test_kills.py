@@ -361,3 +361,18 @@ def test_a_run_killed_on_4_ranks_and_on_2_consumes_on_1_what_one_rank_consumes(
     assert worlds == sorted(worlds, reverse=True)
     assert set(worlds) == {4, 2, 1}
     assert read_ledger(url) == read_ledger(straight.url)
+
+
+def test_a_run_killed_inside_its_first_checkpoint_begins_anew(place: Place) -> None:
+    steps = list(range(1, EVERY + 1))
+    more = ("--run.max-steps", str(EVERY))
+    with Job(place, "first", more=more) as job:
+        job.finish()
+    # As a kill between the two writes leaves it.
+    Path(job.url, f"{checkpoint_path(EVERY)}.sha256").unlink()
+
+    with Job(place, "first", more=more) as job:
+        job.finish()
+
+    assert job.steps == steps
+    assert job.whole == [EVERY]
