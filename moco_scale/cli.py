@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moco_scale import cli_shards
+from moco_scale import cli_shards, cli_shuffle
 from moco_scale.errors import EXIT_AGAIN, LostRankError
 from moco_scale.settings import UsageError, parse_flags
 from shards.errors import UserError
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "takedown": cli_shards.run_takedown,
         "compact": cli_shards.run_compact,
         "finalize": cli_shards.run_finalize,
-        "shuffle": _shuffle,
+        "shuffle": cli_shuffle.run_shuffle,
         "pretrain": _pretrain,
         "evaluate": _evaluate,
         "report": _report,
@@ -107,12 +107,6 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return shown(super().formatMessage(record))
-
-
-def _shuffle(arguments: list[str]) -> int:
-    from moco_scale.cli_shuffle import run_shuffle  # loads torch, with all of pipelines
-
-    return run_shuffle(arguments)
 
 
 def _pretrain(arguments: list[str]) -> int:

@@ -158,6 +158,7 @@ class OnlineKnn:
             loader=self._loader,
             num_threads=0,
             device_index=self._ranks.device_index,
+            local_world_size=self._ranks.local_world_size,
         ):
             rows.append(functional.normalize(pooled_features(encoder, images).float(), dim=1))
             found.append(ids)

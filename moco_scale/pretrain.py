@@ -49,6 +49,7 @@ def _train(
         rank=ranks.rank,
         world_size=ranks.world_size,
         device_index=ranks.device_index,
+        local_world_size=ranks.local_world_size,
         agree=lambda value: broadcast_object(value, ranks),
     )
     try:

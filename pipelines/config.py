@@ -45,7 +45,8 @@ class DataConfig:
     max_bad_frac: float = 0.01
     """The run stops when more than this part of the samples had to be replaced."""
     wait_timeout_s: float = 120.0
-    """Longest wait for a batch before the loader reports its stages and raises."""
+    """Longest wait for a batch before the loader reports its stages and raises. A request to the
+    store is tried again for 0.7 of it."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "lanes_per_slot", "block_samples", "view_size"):

@@ -6,9 +6,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.cpu_views import decode, draw_view, use_one_thread, write_view
+from pipelines.errors import PipelineError
+from pipelines.sound import sound_image
 from pipelines.stream import EncodedBatch
 from pipelines.view_maker import Repair, Views
 from pipelines.views import Draw, affine_colour
@@ -51,10 +54,16 @@ class CpuViews:
     def _make_one(
         self, batch: EncodedBatch, repair: Repair, pool: ThreadPoolExecutor
     ) -> tuple[EncodedBatch, Views]:
-        """The batch and its views, after as many repairs as it takes."""
+        """The batch and its views, after as many repairs as it takes.
+
+        Raises:
+            PipelineError: a sound image cannot be decoded either.
+        """
         views = [self._empty(len(batch)) for _ in range(self._num_views)]
         faults = self._fill(views, batch, range(len(batch)), pool)
         while faults:
+            for place in faults:
+                _try_sound_image(batch.data[place], *batch.sizes[place].tolist())
             repaired = repair(batch, faults)
             if len(repaired) == len(batch):  # substitutes; all the other views are made already
                 faults = self._fill(views, repaired, faults, pool)
@@ -115,3 +124,14 @@ class CpuViews:
         wanted = list(places)
         found = zip(wanted, pool.map(fill, wanted), strict=True)
         return {place: reason for place, reason in found if reason is not None}
+
+
+def _try_sound_image(bad: NDArray[np.uint8], width: int, height: int) -> None:
+    sound = sound_image(bad, width=width, height=height)
+    try:
+        decode(sound, size=(width, height), orientation=1)
+    except ValueError as err:
+        raise PipelineError(
+            f"the CPU's decoder fails on a sound image of {width} x {height} pixels, too, so no "
+            f"sample is to blame: {err}; see to memory, or reinstall Pillow and simplejpeg"
+        ) from err

@@ -3,6 +3,7 @@
 import io
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.dali_graph import PREFETCH, build_graph, inputs_of
+from pipelines.errors import PipelineError
+from pipelines.sound import sound_image
 from pipelines.stream import EncodedBatch
 from pipelines.view_maker import Repair, Views
 from pipelines.views import Draw, ViewParams, affine_colour, evaluation_views
@@ -88,13 +91,13 @@ class DaliViews:
         """DALI fails a batch as a whole: find which samples it was, put others there, run again.
 
         Raises:
-            RuntimeError: DALI's own, if it decodes each sample alone.
+            PipelineError: it was no sample.
         """
         result: Views | RuntimeError = error
         while isinstance(result, RuntimeError):
             faults = self._faults(batch)
             if not faults:
-                raise result
+                raise _no_samples_fault("a batch and on none of its samples", result) from result
             batch = repair(batch, faults)
             if not len(batch):
                 return
@@ -103,13 +106,29 @@ class DaliViews:
         yield batch, result
 
     def _faults(self, batch: EncodedBatch) -> dict[int, str]:
-        """Places of the samples that fail when run alone."""
+        """Places of the samples that fail when run alone.
+
+        Raises:
+            PipelineError: a sound image fails in a bad one's place, too.
+        """
         faults = {}
         for place in range(len(batch)):
-            self._start(batch.only(place))
-            if isinstance(self._result(), RuntimeError):
-                faults[place] = "DALI cannot decode it"
+            one = batch.only(place)
+            self._start(one)
+            error = self._result()
+            if isinstance(error, RuntimeError):
+                self._try_sound_image(one)
+                faults[place] = f"DALI cannot decode it: {_said(error)}"
         return faults
+
+    def _try_sound_image(self, bad: EncodedBatch) -> None:
+        (data,), ((width, height),) = bad.data, bad.sizes.tolist()
+        self._start(replace(bad, data=(sound_image(data, width=width, height=height),)))
+        result = self._result()
+        if isinstance(result, RuntimeError):
+            raise _no_samples_fault(
+                f"a sound image of {width} x {height} pixels, too", result
+            ) from result
 
     def _start(self, batch: EncodedBatch) -> None:
         self._feed(batch.data, self._draw(batch.positions, batch.sizes))
@@ -187,3 +206,16 @@ def _roi(params: ViewParams) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     flip = params.flip[:, [1, 0]]
     start, end = np.where(flip, opposite, corner), np.where(flip, corner, opposite)
     return np.ascontiguousarray(start), np.ascontiguousarray(end)  # DALI takes dense arrays only
+
+
+def _no_samples_fault(what: str, error: RuntimeError) -> PipelineError:
+    return PipelineError(
+        f"DALI fails on {what}, so no sample is to blame: {_said(error)}; see to memory and the "
+        "GPU's driver (nvidia-smi), or take data.loader cpu"
+    )
+
+
+def _said(error: RuntimeError) -> str:
+    """Of DALI's many lines the one that says what was wrong."""
+    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines()]
+    return next((line for line in lines if line), str(error).splitlines()[0])[:200]

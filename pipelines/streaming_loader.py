@@ -8,7 +8,6 @@ from contextlib import closing
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,8 +32,8 @@ T = TypeVar("T")
 STATE_FORMAT = 2
 _CLOSE_S = 10.0
 _STORE_PART = 0.7
-"""Of the longest wait for a batch: the store gives up before, and says what was wrong."""
-_EVALUATION_TIMEOUT_S = 120.0
+"""Of the longest wait for a batch: the store gives up before, and says what was wrong. Training's
+stores get it of `data.wait_timeout_s`; an evaluation waits as much longer than its shard set's."""
 _EVALUATION_BUFFER_BYTES = 1 << 29
 _EVALUATION_MAX_PIXELS = DataConfig().max_pixels
 
@@ -46,6 +45,7 @@ def open_loader(
     rank: int,
     world_size: int,
     device_index: int | None,
+    local_world_size: int | None = None,
     agree: Callable[[T], T] | None = None,
 ) -> Loader:
     """Two views of each sample of a shard set, in an order that the seed alone decides.
@@ -53,6 +53,7 @@ def open_loader(
     Args:
         seed: of the order, the views and the substitutes.
         device_index: the GPU that decodes and holds the views; None for the CPU.
+        local_world_size: ranks on this machine, which share its cores; None: all of them.
         agree: gives every rank what rank 0 passes to it; all ranks call it at the same steps.
             Without it a world of several ranks stays with the versions of the shard sets that it
             began with, and must have begun with the same.
@@ -89,7 +90,7 @@ def open_loader(
         view_size=config.view_size,
         colour=config.colour,
         view_dtype=config.view_dtype,
-        num_threads=config.num_threads or _threads_of_a_rank(world_size, device_index),
+        num_threads=config.num_threads or _threads_of_a_rank(local_world_size or world_size),
         device_index=device_index,
     )
     loader = StreamingLoader(
@@ -371,6 +372,7 @@ def iterate_once(
     loader: Literal["auto", "dali", "cpu"],
     num_threads: int,
     device_index: int | None,
+    local_world_size: int = 1,
 ) -> Generator[tuple[NDArray[np.int64], Tensor], None, None]:
     """Every sample once, in ordinal order, as the evaluation view: sample ids and N x 3 x S x S.
 
@@ -379,10 +381,12 @@ def iterate_once(
 
     Args:
         ordinals: the sample ids wanted, in any order; None for all.
-        num_threads: decoding threads; 0 for the cores of this machine.
+        num_threads: decoding threads; 0 for the cores of this machine divided by its ranks.
+        local_world_size: ranks on this machine that do this at the same time.
 
     Raises:
-        StoreError, StalledError
+        StoreError: the store failed for longer than the shard set was opened to bear.
+        StalledError: it gave nothing for longer than that.
     """
     wanted = None if ordinals is None else np.unique(ordinals)
     count = shard_set.num_samples if wanted is None else len(wanted)
@@ -397,7 +401,7 @@ def iterate_once(
         view_size=view_size,
         colour=None,
         view_dtype="float32",
-        num_threads=num_threads or _threads_of_a_rank(1, device_index),
+        num_threads=num_threads or _threads_of_a_rank(local_world_size),
         device_index=device_index,
     )
     stream = Stream(
@@ -409,7 +413,7 @@ def iterate_once(
         prefetch_batches=2,
         buffer_bytes=_EVALUATION_BUFFER_BYTES,
         max_pixels=_EVALUATION_MAX_PIXELS,
-        wait_timeout_s=_EVALUATION_TIMEOUT_S,
+        wait_timeout_s=shard_set.deadline_s / _STORE_PART,
         quarantine=quarantine,
         on_bad="drop",
     )
@@ -474,7 +478,6 @@ def _live_members(
         yield shard, np.flatnonzero(is_wanted)
 
 
-def _threads_of_a_rank(world_size: int, device_index: int | None) -> int:
-    """The cores of this machine divided by its ranks: one a GPU, or else all of them."""
-    ranks = world_size if device_index is None else min(world_size, torch.cuda.device_count())
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+def _threads_of_a_rank(local_world_size: int) -> int:
+    """The cores of this machine divided by its ranks."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)

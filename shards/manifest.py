@@ -158,7 +158,8 @@ class ShardSet:
         self.metadata = {k.decode(): v.decode() for k, v in raw.items() if k != b"ARROW:schema"}
         self.version = int(self.metadata["version"])
         self._table = shards
-        self._deadline_s = DEADLINE_S
+        self.deadline_s = DEADLINE_S
+        """How long a request of it that fails in passing is tried again."""
         self._index_paths: list[str] = shards.column("index").to_pylist()
         self._tombstones: list[str | None] = shards.column("tombstones").to_pylist()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
@@ -185,7 +186,7 @@ class ShardSet:
         Raises:
             FormatError: there is no such version.
         """
-        other = self._within(self.store, version, self._deadline_s)
+        other = self._within(self.store, version, self.deadline_s)
         if other.metadata.get("tars") == self.metadata.get("tars"):
             other._elsewhere = self._elsewhere
         return other
@@ -196,7 +197,7 @@ class ShardSet:
         try:
             shards = _read_manifest(store.read(path), where=store.uri(path))
             found = cls(store, shards if version is not None else _newest(store, shards))
-            found._deadline_s = deadline_s
+            found.deadline_s = deadline_s
             return found
         except NotFoundError as err:
             if version is not None:
@@ -241,7 +242,7 @@ class ShardSet:
     def _elsewhere(self) -> Store | None:
         if "tars" not in self.metadata:
             return None
-        return open_store(self.metadata["tars"], deadline_s=self._deadline_s)
+        return open_store(self.metadata["tars"], deadline_s=self.deadline_s)
 
     @property
     def tars(self) -> Store:

@@ -1,6 +1,8 @@
 """`moco-scale shuffle`, as users type it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,20 @@ def test_the_table_fits_a_terminal_and_the_picture_is_drawn(shuffled: str, tmp_p
     table = done.stdout.partition("picture")[0].splitlines()
     assert max(map(len, table)) <= 80
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_starts_without_torch(shuffled: str) -> None:
+    command = ("-X", "importtime", "-m", "moco_scale", "shuffle", shuffled)
+
+    done = subprocess.run(
+        [sys.executable, *command, "--data.global-batch-size", "64"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "nvidia.dali", "matplotlib"}
 
 
 @pytest.mark.parametrize(

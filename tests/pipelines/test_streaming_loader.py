@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from pipelines import (
     iterate_once,
     open_loader,
 )
+from pipelines.cpu_loader import CpuViews
 from pipelines.order import Order
 from pipelines.quarantine import candidates
 from pipelines.streaming_loader import StreamingLoader
@@ -427,6 +429,29 @@ def test_a_silent_store_stalls_with_a_message_and_close_returns(own_shard_set: S
         faulty.hold.set()
 
 
+def test_the_cores_of_a_machine_are_shared_by_the_ranks_on_it(shard_set: ShardSet) -> None:
+    config = dataclasses.replace(settings(shard_set, loader="cpu"), num_threads=0)
+    cores = len(os.sched_getaffinity(0))
+
+    for on_this_machine, threads in {
+        1: cores,
+        2: max(1, cores // 2),
+        4: max(1, cores // 4),
+    }.items():
+        loader = open_loader(
+            config,
+            seed=5,
+            rank=0,
+            world_size=4,
+            device_index=None,
+            local_world_size=on_this_machine,
+        )
+        assert isinstance(loader, StreamingLoader)
+        assert isinstance(loader._maker, CpuViews)
+        assert loader._maker._num_threads == threads
+        loader.close()
+
+
 @pytest.mark.parametrize("kind", [dali, "cpu"])
 def test_close_leaves_no_thread_and_is_harmless_twice(
     shard_set: ShardSet, kind: Literal["dali", "cpu"]
@@ -506,6 +531,19 @@ def test_iterate_once_stopped_early_leaves_no_thread(shard_set: ShardSet) -> Non
     parts.close()
 
     assert not [t.name for t in threading.enumerate() if t.name.startswith(("stream", "decode"))]
+
+
+def test_iterate_once_waits_longer_than_the_store_of_its_set_tries_again(
+    own_shard_set: ShardSet,
+) -> None:
+    shard_set = ShardSet.open(own_shard_set.url, deadline_s=0.7)
+    faulty = FaultyStore(shard_set.store)
+    shard_set.store = faulty
+    faulty.hold.clear()
+    threading.Timer(2, faulty.hold.set).start()
+
+    with pytest.raises(StalledError, match=r"nothing for 1 s|no batch for 1 s"):
+        next(once(shard_set, loader="cpu"))
 
 
 def once(
