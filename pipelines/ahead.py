@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Generator
 from typing import Generic, TypeVar
@@ -95,9 +96,12 @@ class Ahead(Generic[T]):
                     self._items.append(item)
                     self._finished += 1
                     self._changed.notify_all()
+                del item  # the taker's alone, while the next one is made
                 began = time.perf_counter()
                 self._room_s += began - made
         except BaseException as err:  # every error belongs to the taker, who is in another thread
+            # What they held would be held as long as the error is; in a cycle, if they hold it too.
+            traceback.clear_frames(err.__traceback__)
             self._error = err
         finally:
             self._source.close()  # here, so that what it holds is gone when this thread has ended

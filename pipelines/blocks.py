@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipelines.quarantine import damage
-from shards import ShardSet
+from shards import ShardIndex, ShardSet
 from shards.errors import ChangedError
 from shards.objects import Allocate, allocated
 
@@ -30,6 +30,25 @@ class Source:
 
     shard_set: ShardSet
     first_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """Samples [first, stop) of a shard whose bytes are counted, so that they may be read."""
+
+    source: int
+    shard: int
+    first: int
+    stop: int
+    index: ShardIndex
+    start: int
+    """First of their bytes in the tar."""
+    size: int
+
+    @property
+    def is_block(self) -> bool:
+        """Whether they are more than one sample."""
+        return self.stop - self.first > 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +128,8 @@ class BlockReader:
         self._freed: deque[tuple[int, bool]] = deque()
         self._lock = threading.Lock()
         self._held = [0, 0]  # bytes of samples read alone, and of blocks
+        self.indexes: dict[tuple[int, int], ShardIndex] = {}
+        """By source and shard: those that are to be at hand, whatever the shard sets forget."""
         self.read_bytes = 0
         self.read_requests = 0
         self.peak_held_bytes = 0
@@ -118,28 +139,31 @@ class BlockReader:
         shard_set = self._sources[source].shard_set
         return shard_set.tars.uri(shard_set.names[shard])
 
-    def span(self, source: int, shard: int, first: int, stop: int) -> tuple[int, int]:
-        """First byte, and number of bytes, of samples [first, stop) of a shard."""
-        index = self._sources[source].shard_set.index(shard)
-        start = int(index.offset[first])
-        return start, int(index.offset[stop - 1]) + int(index.length[stop - 1]) - start
+    def index(self, source: int, shard: int) -> ShardIndex:
+        """A shard's index; one that is not at hand may cost a request."""
+        found = self.indexes.get((source, shard))
+        return self._sources[source].shard_set.index(shard) if found is None else found
 
-    def hold(self, source: int, shard: int, first: int, stop: int) -> int:
-        """Count the bytes of samples [first, stop) before they are read; how many they are."""
-        size = self.span(source, shard, first, stop)[1]
+    def size(self, source: int, shard: int, first: int, stop: int) -> int:
+        """Bytes of samples [first, stop) of a shard, and of what lies between them."""
+        return _span(self.index(source, shard), first, stop)[1]
+
+    def hold(self, source: int, shard: int, first: int, stop: int) -> Held:
+        """Count the bytes of samples [first, stop) before they are read."""
+        index = self.index(source, shard)
+        start, size = _span(index, first, stop)
+        held = Held(
+            source=source, shard=shard, first=first, stop=stop, index=index, start=start, size=size
+        )
         with self._lock:
             self._subtract_what_was_freed()
-            self._held[stop - first > 1] += size
+            self._held[held.is_block] += size
             self.peak_held_bytes = max(self.peak_held_bytes, sum(self._held))
-        return size
+        return held
 
-    def let_go(self, size: int, *, is_block: bool) -> None:
-        """Count bytes that will not be read after all. Takes no lock.
-
-        Args:
-            is_block: they are of more than one sample.
-        """
-        self._freed.append((size, is_block))
+    def let_go(self, held: Held) -> None:
+        """Count bytes that will not be read after all. Takes no lock."""
+        self._freed.append((held.size, held.is_block))
 
     @property
     def held_bytes(self) -> int:
@@ -162,31 +186,28 @@ class BlockReader:
             size, is_block = self._freed.popleft()
             self._held[is_block] -= size
 
-    def read(self, source: int, shard: int, first: int, stop: int) -> Block:
-        """Samples [first, stop) of a shard.
-
-        Their bytes must have been counted by `hold`; they are let go when the last view of them is
-        gone, or when this raises.
+    def read(self, held: Held) -> Block:
+        """Samples of a shard; let go when the last view of them is gone, or when this raises.
 
         Raises:
             StoreError: the store failed for good, or the shard was replaced; never a bad sample.
         """
+        source, shard, first, stop = held.source, held.shard, held.first, held.stop
+        index, start, size = held.index, held.start, held.size
         one = self._sources[source]
-        index = one.shard_set.index(shard)
-        start, size = self.span(source, shard, first, stop)
         slab = self._slabs.take(size, most_bytes=self._room_for_slabs())
         try:
             found = self._fetch(source, shard, start, start + size, lambda _: slab.data[:size])
         except BaseException:
-            self._let_go_of(slab, size, stop - first > 1)
+            self._let_go_of(slab, size, held.is_block)
             raise
         buffer = np.frombuffer(found, dtype=np.uint8)
         if not np.may_share_memory(buffer, slab):  # a store that reads into memory of its own
             self._slabs.give_back(slab)
-            slab = buffer[:0]
+            slab = np.zeros(0, dtype=np.uint8)  # not of `buffer`, which that would keep for ever
         # The views of the samples hold `buffer`, and that holds the slab. (A slice of the slab
         # itself would not do: numpy lets views of a view hold the first owner alone.)
-        weakref.finalize(buffer, self._let_go_of, slab, size, stop - first > 1).atexit = False
+        weakref.finalize(buffer, self._let_go_of, slab, size, held.is_block).atexit = False
         offsets = (index.offset[first:stop] - start).tolist()
         ends = (index.end[first:stop] - start).tolist()
         data = [buffer[begin:end] for begin, end in zip(offsets, ends, strict=True)]
@@ -197,13 +218,10 @@ class BlockReader:
         ]
         faults = {}
         if wrong:
-            wrong = self._read_again(source, shard, first, wrong, data, checksums)
-            is_all = len(wrong) == len(data) > 1
-            if is_all:
-                self._check_size(source, shard)
-            faults = dict.fromkeys(
-                (first + n for n in wrong), _OVERWRITTEN if is_all else _CHECKSUM
-            )
+            wrong = self._read_again(held, wrong, data, checksums)
+            if len(wrong) == len(data):
+                self._check_replaced(held)
+            faults = dict.fromkeys((first + n for n in wrong), _CHECKSUM)
         widths, heights = index.width[first:stop].tolist(), index.height[first:stop].tolist()
         turned = index.orientation[first:stop].tolist()
         for n, looked_at in enumerate(zip(data, widths, heights, turned, strict=True)):
@@ -235,10 +253,9 @@ class BlockReader:
         return found
 
     def _check_size(self, source: int, shard: int) -> None:
-        """Whether a shard that is not what was indexed is so as a whole.
-
+        """
         Raises:
-            ChangedError: it has another size.
+            ChangedError: the shard has another size than was indexed.
         """
         shard_set = self._sources[source].shard_set
         found, known = shard_set.tars.head(shard_set.names[shard]).size, shard_set.tar_bytes[shard]
@@ -247,6 +264,28 @@ class BlockReader:
                 f"{self.uri(source, shard)} was replaced since it was indexed: {found:,} bytes, "
                 f"the manifest says {known:,}; run 'moco-scale verify' on the shard set"
             )
+
+    def _check_replaced(self, held: Held) -> None:
+        """Whether a shard is another one, now that none of the samples read is what it was.
+
+        Raises:
+            ChangedError: it is.
+        """
+        self._check_size(held.source, held.shard)
+        if not held.is_block:  # one may be damaged by itself: so are the ends of its shard right?
+            ends = {0, len(held.index.offset) - 1} - {held.first}
+            if not ends or any(self._is_right(held, end) for end in ends):
+                return
+        raise ChangedError(
+            f"{self.uri(held.source, held.shard)} was replaced or overwritten since it was "
+            "indexed: no sample that was read is what the index says (checksum); "
+            "run 'moco-scale verify' on the shard set"
+        )
+
+    def _is_right(self, held: Held, member: int) -> bool:
+        start, end = int(held.index.offset[member]), int(held.index.end[member])
+        found = self.fetch(held.source, held.shard, start, end)
+        return xxhash.xxh3_64_intdigest(found.data) == int(held.index.checksum[member])
 
     def _let_go_of(self, slab: NDArray[np.uint8], size: int, is_block: bool) -> None:
         self._freed.append((size, is_block))
@@ -257,18 +296,12 @@ class BlockReader:
         return max(self._buffer_bytes // _SLABS_PART, self._buffer_bytes - self.held_bytes)
 
     def _read_again(
-        self,
-        source: int,
-        shard: int,
-        first: int,
-        wrong: list[int],
-        data: list[Bytes],
-        checksums: list[int],
+        self, held: Held, wrong: list[int], data: list[Bytes], checksums: list[int]
     ) -> list[int]:
         """Once more, because it may pass: puts right what is right now, returns what is not."""
-        start, size = self.span(source, shard, first + wrong[0], first + wrong[-1] + 1)
-        index = self._sources[source].shard_set.index(shard)
-        buffer = self.fetch(source, shard, start, start + size)
+        index, first = held.index, held.first
+        start, size = _span(index, first + wrong[0], first + wrong[-1] + 1)
+        buffer = self.fetch(held.source, held.shard, start, start + size)
         still = []
         for n in wrong:
             begin = int(index.offset[first + n]) - start
@@ -280,5 +313,10 @@ class BlockReader:
         return still
 
 
+def _span(index: ShardIndex, first: int, stop: int) -> tuple[int, int]:
+    """First byte, and number of bytes, of samples [first, stop)."""
+    start = int(index.offset[first])
+    return start, int(index.end[stop - 1]) - start
+
+
 _CHECKSUM = "its bytes are not those of the index (checksum)"
-_OVERWRITTEN = "no byte around it is what the index says (checksum): the shard was overwritten"

@@ -47,9 +47,10 @@ class CpuViews:
             torch.cuda.set_device(self._device)
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="views") as pool:
             for batch in batches:
-                good, views = self._make_one(batch, repair, pool)
-                if len(good):
-                    yield good, views
+                made = self._make_one(batch, repair, pool)
+                if len(made[0]):
+                    yield made
+                del batch, made  # the taker's alone, while the next ones are made
 
     def _make_one(
         self, batch: EncodedBatch, repair: Repair, pool: ThreadPoolExecutor

@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -22,6 +23,7 @@ from shards.errors import StoreError
 
 __all__ = ["EncodedBatch", "Need", "Source", "Stream"]
 
+A = TypeVar("A")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,6 @@ _READ_THREADS = 16
 _PLANNED_AHEAD, _PLANNED_AT_MOST = 8, 32
 """Batches whose blocks are on their way before the first of them is needed; and how many they may
 be while the first is not here and threads are idle."""
-_INDEXES_REMEMBERED = 10_000
 _CLOSE_S = 10.0
 _WAKE_S = 0.2  # how soon a waiting stage notices that it was closed
 _TAR_HEADER_BYTES = 512
@@ -144,7 +145,6 @@ class Stream:
         self._known_bad: dict[tuple[int, int, int], str] = {}
         self._used_bytes = self._used_samples = self._single_reads = self._index_reads = 0
         self._waited_s = 0.0
-        self._indexed: set[tuple[int, int]] = set()
         self._running: dict[Future[Any], tuple[str, float]] = {}
         self._closed = False
         self._pool = _Readers(_READ_THREADS)
@@ -306,7 +306,8 @@ class Stream:
         if self._alone and self._fits(int(self._block * self._sample_bytes)):
             # When an epoch begins all lanes change blocks at once, and the old ones are in use for
             # some batches still: what had no room then has it soon.
-            wanted += [key for key, taken in self._alone.items() if taken < self._block // 2]
+            entered = set(self._lane_key.tolist())
+            wanted += [key for key in self._alone if key in entered and self._is_half_left(key)]
         for key in wanted:
             if self._live.get(key) is None:
                 self._live[key] = self._admit(key)
@@ -338,8 +339,13 @@ class Stream:
             )  # fmt: skip
         return room
 
+    def _is_half_left(self, key: int) -> bool:
+        """Whether a block of which samples were read alone is worth being read as a whole."""
+        _, _, first, stop = self._samples_of(key)
+        return 2 * self._alone[key] < stop - first
+
     def _block_size(self, key: int) -> int:
-        return self._reader.span(*self._samples_of(key))[1]
+        return self._reader.size(*self._samples_of(key))
 
     def _samples_of(self, key: int) -> tuple[int, int, int, int]:
         """Source, shard, first sample and last + 1 of a block."""
@@ -376,35 +382,41 @@ class Stream:
                 self._alone.pop(key, None)
 
     def _load_indexes(self, need: Need, changes: NDArray[np.intp]) -> None:
-        """Bring a batch's indexes in side by side: one by one they would cost a round trip each."""
+        """Bring a batch's indexes in side by side: one by one they would cost a round trip each.
+
+        They stay while a lane is in their shard.
+        """
         wanted = set(
             zip(need.sources[changes].tolist(), need.shards[changes].tolist(), strict=True)
         )
-        pending = []
-        for source, shard in wanted - self._indexed:
+        indexes, pending = self._reader.indexes, {}
+        for source, shard in wanted - indexes.keys():
             self._index_reads += 1
             shard_set = self._sources[source].shard_set
-            pending.append(self._submit(f"an index of {shard_set.url}", shard_set.index, shard))
-        self._indexed |= wanted
-        if len(self._indexed) > _INDEXES_REMEMBERED:
-            self._indexed = wanted
-        for one in pending:
-            self._wait_for(one)
+            where = f"an index of {shard_set.url}"
+            pending[source, shard] = self._submit(where, shard_set.index, shard)
+        if not pending:
+            return
+        lanes = (key >> 24 for key in np.unique(self._lane_key).tolist() if key >= 0)
+        used = wanted.union((one >> 24, one & 0xFFFFFF) for one in lanes)
+        for left in indexes.keys() - used:
+            del indexes[left]
+        for one, future in pending.items():
+            indexes[one] = self._wait_for(future)
 
     def _read(self, source: int, shard: int, first: int, stop: int) -> "_Reading":
-        size = self._reader.hold(source, shard, first, stop)
-        where = self._reader.uri(source, shard)
-        future = self._submit(where, self._reader.read, source, shard, first, stop)
+        held = self._reader.hold(source, shard, first, stop)
+        future = self._submit(self._reader.uri(source, shard), self._reader.read, held)
 
         def let_go_if_not_begun(done: "Future[Block]") -> None:
             if done.cancelled():
-                self._reader.let_go(size, is_block=stop - first > 1)
+                self._reader.let_go(held)
 
         future.add_done_callback(let_go_if_not_begun)
         return _Reading(future=future)
 
-    def _submit(self, where: str, read: Callable[..., T], *arguments: int) -> "Future[T]":
-        future = self._pool.submit(read, *arguments)
+    def _submit(self, where: str, read: Callable[[A], T], argument: A) -> "Future[T]":
+        future = self._pool.submit(read, argument)
         self._running[future] = (where, time.perf_counter())
         future.add_done_callback(lambda done: self._running.pop(done, None))
         return future
@@ -462,8 +474,7 @@ class Stream:
                 continue
             block = near if other_shard == shard else None
             if block is None or not 0 <= other - block.first < len(block.data):
-                self._reader.hold(source, other_shard, other, other + 1)
-                block = self._reader.read(source, other_shard, other, other + 1)
+                block = self._reader.read(self._reader.hold(source, other_shard, other, other + 1))
             for bad, fault in block.faults.items():
                 self._known_bad[source, other_shard, bad] = fault
             if other not in block.faults:
@@ -479,7 +490,7 @@ class Stream:
         self, source: int, shard: int, member: int, position: int, reason: str
     ) -> BadSample:
         one = self._sources[source]
-        index = one.shard_set.index(shard)
+        index = self._reader.index(source, shard)
         ordinal = int(one.shard_set.first_ordinal[shard] + index.position[member])
         return BadSample(
             shard=self._reader.uri(source, shard),
@@ -528,6 +539,7 @@ class _Readers:
     def __init__(self, count: int) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopped = False
+        self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._work, name=f"block-read-{number}", daemon=True)
             for number in range(count)
@@ -535,7 +547,7 @@ class _Readers:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, read: Callable[..., T], *arguments: int) -> "Future[T]":
+    def submit(self, read: Callable[[A], T], argument: A) -> "Future[T]":
         future: Future[T] = Future()
 
         def run() -> None:
@@ -544,18 +556,25 @@ class _Readers:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                found = read(*arguments)
+                found = read(argument)
             except BaseException as err:  # whoever waits for the future gets it
+                traceback.clear_frames(err.__traceback__)  # bytes that were read, perhaps
                 future.set_exception(err)
             else:
                 future.set_result(found)
 
-        self._jobs.put(run)
+        with self._lock:
+            if self._stopped:  # no thread would come to it any more
+                future.cancel()
+            else:
+                self._jobs.put(run)
         return future
 
     def stop(self) -> None:
         """Begin no further reads; harmless twice."""
-        if not self._stopped:
+        with self._lock:
+            if self._stopped:
+                return
             self._stopped = True
             for _ in self._threads:
                 self._jobs.put(None)

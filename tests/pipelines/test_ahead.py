@@ -1,4 +1,5 @@
 import threading
+import weakref
 from collections.abc import Generator
 
 import pytest
@@ -64,6 +65,33 @@ def test_a_wait_has_a_deadline_and_close_ends_it() -> None:
         ahead.get(timeout_s=5)
     go_on.set()
     assert ahead.close(timeout_s=5)
+
+
+def test_an_item_is_its_takers_alone_while_the_next_is_made_and_after_an_error() -> None:
+    class Item:
+        pass
+
+    making, go_on = threading.Event(), threading.Event()
+
+    def source() -> Generator[Item, None, None]:
+        yield Item()
+        making.set()
+        assert go_on.wait(30)
+        mine = Item()
+        seen.append(weakref.ref(mine))
+        raise KeyError(len(repr(mine)))
+
+    seen: list[weakref.ref[Item]] = []
+    ahead = Ahead(source(), size=1, name="test")
+    item = ahead.get(timeout_s=5)
+    seen.append(weakref.ref(item))
+    assert making.wait(5)
+
+    del item
+    assert seen[0]() is None
+    go_on.set()
+    assert ahead.close(timeout_s=5)
+    assert seen[1]() is None
 
 
 def test_the_source_is_closed_when_it_is_no_longer_wanted() -> None:

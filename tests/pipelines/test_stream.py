@@ -1,4 +1,5 @@
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from pipelines.stream import EncodedBatch, Need, Source, Stream
 from shards import ShardSet
 from shards.errors import ChangedError, NotFoundError, UnreachableError
 from tests.support.made_sets import Made, make_set
-from tests.support.shard_sets import FaultyStore, flip_a_byte, overwrite, stored
+from tests.support.shard_sets import FaultyStore, flip_a_byte, overwrite, picture, stored
 
 BATCH = 10
 BLOCK = 8
@@ -158,6 +159,24 @@ def test_bytes_count_until_the_last_batch_made_of_them_is_gone(shard_set: ShardS
     assert let_go == 0
 
 
+def test_bytes_of_a_store_that_reads_into_memory_of_its_own_are_let_go(
+    own_shard_set: ShardSet, tmp_path: Path
+) -> None:
+    expected = contents(read_all(open_stream(own_shard_set)))
+    shutil.make_archive(str(tmp_path / "packed"), "zip", own_shard_set.url)
+    stream = open_stream(ShardSet.open(f"zip://::{tmp_path}/packed.zip"))
+
+    served = []
+    for batch in stream:
+        served += contents([batch])
+        del batch
+    held = stream.stats().held_bytes
+    stream.close()
+
+    assert served == expected
+    assert held == 0
+
+
 def test_memory_is_used_again_only_when_no_batch_needs_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, size=(160, 200, 3), dtype=np.uint8)
@@ -277,32 +296,88 @@ def test_more_bad_samples_than_the_budget_stop_the_stream(own_shard_set: ShardSe
         read_all(open_stream(broken, quarantine=Quarantine(max_bad_frac=0.01, world_size=1)))
 
 
-def test_a_shard_that_was_overwritten_is_replaced_by_others_and_said_so(
+@pytest.mark.parametrize("buffer_bytes", [2**30, 0], ids=["blocks", "one by one"])
+def test_a_shard_that_was_replaced_by_one_of_the_same_size_is_one_error(
+    tmp_path: Path, buffer_bytes: int
+) -> None:
+    jpeg = picture(0)
+    width, height = Image.open(io.BytesIO(jpeg)).size
+    ours, other = (
+        make_set(
+            str(tmp_path / name.decode()),
+            [
+                [
+                    Made(
+                        uri=f"r/{s}-{n}",
+                        data=jpeg + name + bytes([s, n]),
+                        width=width,
+                        height=height,
+                    )
+                    for n in range(64)
+                ]
+                for s in range(8)
+            ],
+        )
+        for name in (b"ours_", b"other")
+    )
+    quarantine = Quarantine(max_bad_frac=1.0, world_size=1)
+    stream = open_stream(ours, batches=51, buffer_bytes=buffer_bytes, quarantine=quarantine)
+    served = [next(stream), next(stream)]
+    for name, another in zip(ours.names, other.names, strict=True):
+        path, found = Path(ours.url, name), Path(other.url, another).read_bytes()
+        assert len(found) == path.stat().st_size
+        (tmp_path / "new").write_bytes(found)
+        (tmp_path / "new").replace(path)
+
+    with pytest.raises(ChangedError, match=r"\.tar was replaced or overwritten since .*verify"):
+        served += list(stream)
+    stream.close()
+
+    assert ids(served) == wanted_ids(ours, len(served))
+    assert len(served) < 40
+    assert not quarantine.records()
+
+
+def test_a_sample_that_is_damaged_alone_is_a_bad_sample_also_when_read_alone(
     own_shard_set: ShardSet,
 ) -> None:
     broken = own_shard_set
-    path = Path(broken.url, broken.names[0])
-    path.write_bytes(bytes(path.stat().st_size))
+    for bad in (0, 7, 33):  # the first of its shard is one of them
+        broken = overwrite(broken, bad, flip_a_byte(stored(broken, bad)))
     quarantine = Quarantine(max_bad_frac=1.0, world_size=1)
 
-    served = ids(read_all(open_stream(broken, quarantine=quarantine)))
+    served = ids(read_all(open_stream(broken, quarantine=quarantine, buffer_bytes=0)))
 
-    wanted = wanted_ids(broken, 6)
-    assert [s for s, w in zip(served, wanted, strict=True) if w >= 20] == [
-        w for w in wanted if w >= 20
-    ]
-    assert all(one >= 20 for one in served)
-    assert len(quarantine.records()) == 20
-    assert all("overwritten" in record.reason for record in quarantine.records())
+    assert len(served) == 60
+    assert sorted(record.sample_id for record in quarantine.records()) == [0, 7, 33]
 
 
-def test_a_set_without_a_sound_sample_is_named(own_shard_set: ShardSet) -> None:
-    for name in own_shard_set.names:
-        path = Path(own_shard_set.url, name)
-        path.write_bytes(bytes(path.stat().st_size))
+def test_a_set_without_a_sound_sample_is_named(tmp_path: Path) -> None:
+    shard_set = make_set(
+        str(tmp_path), [[Made(uri=f"r/{s}-{n}") for n in range(20)] for s in range(3)]
+    )
 
     with pytest.raises(BadDataError, match=r"\.tar: no sound sample is left"):
-        read_all(open_stream(own_shard_set, quarantine=Quarantine(max_bad_frac=1.0, world_size=1)))
+        read_all(open_stream(shard_set, quarantine=Quarantine(max_bad_frac=1.0, world_size=1)))
+
+
+def test_indexes_that_the_set_forgets_are_read_beside_the_stream_and_once(
+    own_shard_set: ShardSet, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents(read_all(open_stream(own_shard_set)))
+    shard_set = ShardSet.open(own_shard_set.url)
+    shard_set.store = faulty
+    faulty.whole_reads.clear()
+    monkeypatch.setattr("shards.manifest._CACHED_ROWS", 0)  # it remembers the last one alone
+
+    stream = open_stream(shard_set)
+    served = contents(list(stream))
+    index_reads = stream.stats().index_reads
+    stream.close()
+
+    assert served == expected
+    assert all(thread.startswith("block-read") for _, thread in faulty.whole_reads)
+    assert len(faulty.whole_reads) == index_reads < 2 * len(shard_set.names)
 
 
 def test_a_failing_store_is_an_error_and_no_bad_sample(
@@ -398,6 +473,52 @@ def test_lanes_that_all_change_blocks_at_once_get_blocks_as_soon_as_there_is_roo
     whole = lanes * 128 // block
     assert stats.read_requests - stats.single_reads <= whole
     assert stats.single_reads < 3 * 4 * lanes  # three changes, a few batches after each
+
+
+def test_what_is_left_of_a_short_block_is_not_worth_reading_it_as_a_whole(tmp_path: Path) -> None:
+    lanes, samples, changes = 16, 12, 6
+    jpeg = picture(0)
+    width, height = Image.open(io.BytesIO(jpeg)).size
+    shard_set = make_set(
+        str(tmp_path),
+        [
+            [
+                Made(uri=f"r/{s}-{n}", data=jpeg + bytes([s, n]), width=width, height=height)
+                for n in range(samples)
+            ]
+            for s in range(lanes * changes)
+        ],
+    )
+    places = np.arange(lanes)
+    batches = [  # all lanes go to another shard, which is one block, at the same time
+        Need(
+            positions=places + lanes * number,
+            lanes=places,
+            sources=np.zeros(lanes, dtype=np.int64),
+            shards=places + lanes * (number // samples),
+            members=np.full(lanes, number % samples),
+        )
+        for number in range(samples * changes)
+    ]
+    stream = Stream(
+        {0: Source(shard_set=shard_set, first_id=0)},
+        iter(batches),
+        num_lanes=lanes,
+        block=64,
+        seed=0,
+        prefetch_batches=1,
+        buffer_bytes=int(1.5 * shard_set.total_bytes / changes),
+        max_pixels=10**6,
+        wait_timeout_s=20,
+        quarantine=Quarantine(max_bad_frac=0.0, world_size=1),
+        on_bad="replace",
+    )
+    deque(stream, maxlen=0)
+    stats = stream.stats()
+    stream.close()
+
+    assert stats.single_reads > 0
+    assert stats.read_amplification < 1.25
 
 
 def test_a_lane_may_walk_through_several_blocks_in_one_batch(shard_set: ShardSet) -> None:

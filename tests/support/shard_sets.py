@@ -1,7 +1,9 @@
 """Small real shard sets on disk, and ways to damage them."""
 
 import io
+import random
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,10 @@ class FaultyStore:
         """Number of reads that succeed before all others fail."""
         self.flip_first_answers = False
         """Whether the first answer that holds a range has a byte changed."""
+        self.longest_wait_s = 0.0
+        """Answers wait at random, for up to so long."""
+        self.whole_reads: list[tuple[str, str]] = []
+        """Path, and name of the thread, of the objects that were read whole: indexes."""
 
     def uri(self, path: str) -> str:
         return str(self.inner.uri(path))
@@ -131,6 +137,7 @@ class FaultyStore:
         return self.inner.head(path)
 
     def read(self, path: str, *, if_match: str | None = None) -> Any:
+        self.whole_reads.append((path, threading.current_thread().name))
         return self.inner.read(path, if_match=if_match)
 
     def read_ranges(
@@ -144,6 +151,8 @@ class FaultyStore:
     ) -> Any:
         assert self.hold.wait(60), "a test forgot to let reads go on"
         (wanted,) = [(path, s, e) for s, e in zip(starts, ends, strict=True)]
+        if self.longest_wait_s:
+            time.sleep(random.uniform(0, self.longest_wait_s))
         known = any(path == p and s <= wanted[1] and wanted[2] <= e for p, s, e in self.requests)
         self.requests.append(wanted)
         if self.refuse_after is not None and len(self.requests) > self.refuse_after:
