@@ -51,8 +51,6 @@ class Checkpoint:
     optimizer: dict[str, Any]
     loader: dict[str, Any]
     """Position in the data, the same at every world size."""
-    rng: dict[str, Tensor]
-    """States of torch's generators, by device type."""
     config: dict[str, Any]
     """The run's settings as nested dicts."""
     best: tuple[float, int] | None
@@ -176,6 +174,7 @@ def latest(store: Store) -> Checkpoint:
     """The newest checkpoint of a run that is whole.
 
     Raises:
+        UnfinishedError: there are some, but none of them was written to the end.
         CheckpointError: there is none.
     """
     steps = saved_steps(store)
@@ -183,11 +182,17 @@ def latest(store: Store) -> Checkpoint:
         raise CheckpointError(
             f"{store.url} has no checkpoint: give the URL of a run that 'moco-scale pretrain' wrote"
         )
+    is_any_finished = False
     for step in reversed(steps):
         try:
             return _load(store, checkpoint_path(step))
         except _TornError as err:
+            is_any_finished = is_any_finished or not isinstance(err, UnfinishedError)
             logger.warning("%s; trying the checkpoint before it", err)
+    if not is_any_finished:
+        raise UnfinishedError(
+            f"none of the {len(steps)} checkpoints in {store.uri(FOLDER)} was written to the end"
+        )
     raise CheckpointError(
         f"none of the {len(steps)} checkpoints in {store.uri(FOLDER)} is whole; start again with "
         "another run.url"
@@ -294,13 +299,17 @@ class _TornError(CheckpointError):
     """It cannot be gone on from, but the one before it may."""
 
 
+class UnfinishedError(_TornError):
+    """Its writing did not come to the end."""
+
+
 def _load(store: Store, path: str) -> Checkpoint:
     uri = store.uri(path)
     try:
         digest = bytes(store.read(f"{path}.sha256")).split()[0].decode()
     except (NotFoundError, IndexError) as err:
         store.head(path)  # no checkpoint at all is another error
-        raise _TornError(f"{uri} is unfinished (it has no .sha256)") from err
+        raise UnfinishedError(f"{uri} is unfinished (it has no .sha256)") from err
     data = bytes(store.read(path))
     if hashlib.sha256(data).hexdigest() != digest:
         raise _TornError(f"{uri} is torn (its SHA-256 is not the one in .sha256)")
@@ -316,6 +325,7 @@ def _load(store: Store, path: str) -> Checkpoint:
         )
     weights = content.pop("state_dict")
     del content["arch"], content["epoch"]
+    content.pop("rng", None)  # of an older version
     model = {name.removeprefix(_PUBLISHED): tensor for name, tensor in weights.items()}
     checkpoint = Checkpoint(url=uri, model=model, **content)
     momentum = {

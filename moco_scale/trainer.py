@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moco_scale.checkpoint import (
     Checkpoint,
     CheckpointWriter,
+    UnfinishedError,
     changed_settings,
     check_fits,
     latest,
@@ -54,6 +55,7 @@ from moco_scale.optim import (
 )
 from pipelines.config import DataConfig
 from pipelines.errors import BadDataError
+from pipelines.hashing import hash_words
 from pipelines.loader import Batch, Loader
 from pipelines.quarantine import ALLOWED_BAD
 from shards import ShardSet
@@ -61,6 +63,9 @@ from shards.errors import UserError
 from shards.store import open_store
 
 logger = logging.getLogger(__name__)
+
+_DRAWS = 0xA0
+"""So that these numbers differ from others drawn from the same seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,17 +296,12 @@ class Trainer:
 
     def state_dict(self) -> Checkpoint:
         """Everything that a resume needs."""
-        device_type = self.ranks.device.type
-        rng = {"cpu": torch.get_rng_state()}
-        if device_type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
         return Checkpoint(
             url="",
             step=self.step,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             loader=self.loader.state_dict(),
-            rng=rng,
             config=self.config,
             best=self._best,
             skipped_steps=self._skipped,
@@ -320,9 +320,6 @@ class Trainer:
         self.loader.load_state_dict(checkpoint.loader)
         self.model.load_state_dict(checkpoint.model)
         load_sgd(self.optimizer, checkpoint.optimizer)
-        torch.set_rng_state(checkpoint.rng["cpu"])
-        if self.ranks.device.type == "cuda" and "cuda" in checkpoint.rng:
-            torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.ranks.device)
         self.step = checkpoint.step
         self._best = checkpoint.best
         self._skipped = checkpoint.skipped_steps
@@ -339,6 +336,9 @@ class Trainer:
         self._sums.wait_s += time.perf_counter() - waited
         self._log.consumed(self.step + 1, batch)
 
+        # What dropout and the like draw is a function of the step and the rank, in a resumed run too.
+        drawn = hash_words(self.run_config.seed, _DRAWS, self.step, self.ranks.rank)
+        torch.manual_seed(int(drawn[0] >> 1))
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad()
         output = self._backward(batch)
@@ -533,8 +533,12 @@ class Trainer:
     def _find_checkpoint(self, asked: str) -> Checkpoint | None:
         """The checkpoint to go on from; None for a new run."""
         steps = saved_steps(self.store)
-        if asked == "auto":
-            return latest(self.store) if steps else None
+        if asked == "auto" and steps:
+            try:
+                return latest(self.store)
+            except UnfinishedError as err:  # it was stopped while it wrote its first
+                logger.warning("%s; beginning anew", err)
+                return None
         if steps and asked != "never":
             own = latest(self.store)
             if own.config["run"]["resume"] == asked:  # stopped since, and started again
@@ -544,7 +548,7 @@ class Trainer:
                 f"{self.store.url} already has checkpoints (up to step {steps[-1]}), and "
                 f"run.resume is {asked!r}; give another run.url, or run.resume auto"
             )
-        return None if asked == "never" else load_checkpoint(asked)
+        return None if asked in ("auto", "never") else load_checkpoint(asked)
 
     @contextlib.contextmanager
     def _log_written(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ draws again the moments of the test that printed this seed; what the run is doin
 the machine as well.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -24,7 +25,14 @@ from typing import Any, Self
 import pytest
 import torch
 
-from moco_scale.checkpoint import Checkpoint, checkpoint_path, latest, load_checkpoint, saved_steps
+from moco_scale.checkpoint import (
+    Checkpoint,
+    UnfinishedError,
+    checkpoint_path,
+    latest,
+    load_checkpoint,
+    saved_steps,
+)
 from moco_scale.metrics import StepMetrics, read_ledger, read_metrics
 from shards.folder import UNFINISHED
 from shards.store import open_store
@@ -36,7 +44,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 KILLS = 30
 NUM_IMAGES, EPOCHS, EVERY = 96, 30, 4
 STEPS = EPOCHS * NUM_IMAGES // 16
-# A backbone with dropout: the state of the random numbers is another one at every step.
+# A backbone with dropout: what it draws must be the same after a resume.
 PRESET = (
     TINY.replace('backbone = "resnet18"', 'backbone = "mobilenet_v3_small"\nmlp_head = false')
     .replace("epochs = 3", f"epochs = {EPOCHS}")
@@ -233,7 +241,7 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def assert_same_checkpoint(found: Checkpoint, straight: Straight) -> None:
-    """Model, momentum, position in the data, random numbers: all but where the run is."""
+    """Model, momentum, position in the data: all but where the run is."""
     wanted = load_checkpoint(f"{straight.url}/{checkpoint_path(found.step)}")
     one, other = (
         {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}
@@ -320,9 +328,10 @@ def test_a_run_killed_at_30_random_moments_has_the_bits_of_one_that_never_was(
         tally.add(job)
         assert_begun_after(max(gone_on_from), job)
         if saved_steps(store):
-            newest = latest(store)
-            assert_same_checkpoint(newest, straight)
-            gone_on_from.add(newest.step)
+            with contextlib.suppress(UnfinishedError):  # killed inside its first
+                newest = latest(store)
+                assert_same_checkpoint(newest, straight)
+                gone_on_from.add(newest.step)
     with Job(place, "killed") as job:
         job.finish()
     assert_begun_after(max(gone_on_from), job)

@@ -49,7 +49,6 @@ def checkpoint(step: int) -> Checkpoint:
         model={"encoder_q.fc.weight": torch.full((4, 3), float(step)), "queue": torch.ones(4, 8)},
         optimizer={"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
         loader={"epoch": 1, "set_id": "abc"},
-        rng={"cpu": torch.get_rng_state()},
         config=CONFIG,
         best=None,
         versions={"torch": "2"},

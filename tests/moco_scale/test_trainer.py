@@ -52,6 +52,7 @@ def build(
     channels_last: bool = True,
     compile: bool = False,
     weight_decay: float = 1e-4,
+    encoder: torch.nn.Module | None = None,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
 ) -> Trainer:
@@ -78,7 +79,7 @@ def build(
         ),
         ranks=ranks,
         progress=progress,
-        encoder=small_encoder(),
+        encoder=encoder or small_encoder(),
     )
 
 
@@ -137,6 +138,43 @@ def on_ranks(ranks: Ranks, url: str, max_steps: int) -> tuple[int, int]:
     torch.set_num_threads(1)
     result = build(url, ranks=ranks, max_steps=max_steps).run()
     return result.step, result.steps_now
+
+
+def with_dropout() -> torch.nn.Module:
+    encoder = small_encoder()
+    assert isinstance(encoder, torch.nn.Sequential)
+    return encoder.insert(7, torch.nn.Dropout2d(0.5))
+
+
+def of_first_steps(ranks: Ranks, url: str) -> list[torch.Tensor]:
+    """What dropout has left of this rank's queries in two steps."""
+    torch.set_num_threads(1)
+    trainer = build(url, ranks=ranks, max_steps=2, encoder=with_dropout())
+    seen: list[torch.Tensor] = []
+    layer = trainer.model.encoder_q.get_submodule("7")
+    layer.register_forward_hook(lambda _, __, left: seen.append(left.flatten(1) == 0))
+    trainer.run()
+    return seen
+
+
+def test_what_dropout_draws_depends_on_seed_step_and_rank_alone(tmp_path: Path) -> None:
+    url, straight = str(tmp_path / "run"), str(tmp_path / "straight")
+    build(straight, encoder=with_dropout()).run()
+    torch.manual_seed(1)  # another process would have other numbers
+    build(url, encoder=with_dropout(), max_steps=7).run()
+    torch.manual_seed(2)
+    build(url, encoder=with_dropout()).run()
+    assert_same_bits(state(url), state(straight))
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, other = (
+        run_distributed(of_first_steps, 2, str(tmp_path / name)) for name in ("one", "two")
+    )
+    for rank in (0, 1):
+        assert all(map(torch.equal, one[rank], other[rank]))
+        assert not torch.equal(one[rank][0], one[rank][1])
+    assert not torch.equal(one[0][0], one[1][0])
 
 
 def test_two_ranks_resume_to_the_bit_and_share_the_batches_of_one(tmp_path: Path) -> None:
@@ -217,6 +255,20 @@ def test_a_signal_saves_between_checkpoints_and_the_old_handler_comes_back(
     assert saved_steps(open_store(url)) == [3]
     assert list(read_ledger(url)) == [1, 2, 3]
     assert signal.getsignal(number) == before
+
+
+def test_a_run_stopped_inside_its_first_checkpoint_begins_anew(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(url, max_steps=2).run()
+    open_store(url).delete(["checkpoints/step-000000002.pt.sha256"])
+
+    again = build(url, max_steps=2)
+
+    assert again.step == 0
+    assert "beginning anew" in caplog.text
+    again.run()
+    assert latest(open_store(url)).step == 2
 
 
 def test_a_finished_run_is_left_alone(url: str) -> None:
