@@ -336,7 +336,7 @@ class Trainer:
         self._sums.wait_s += time.perf_counter() - waited
         self._log.consumed(self.step + 1, batch)
 
-        # What dropout and the like draw is a function of the step and the rank, in a resumed run too.
+        # What dropout draws is a function of the step and the rank, in a resumed run, too.
         drawn = hash_words(self.run_config.seed, _DRAWS, self.step, self.ranks.rank)
         torch.manual_seed(int(drawn[0] >> 1))
         set_lr(self.optimizer, lr)

@@ -42,7 +42,7 @@ from tests.support.shard_sets import make_shard_set
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 KILLS = 30
-NUM_IMAGES, EPOCHS, EVERY = 96, 30, 4
+NUM_IMAGES, EPOCHS, EVERY = 96, 50, 4  # long enough for the kills
 STEPS = EPOCHS * NUM_IMAGES // 16
 # A backbone with dropout: what it draws must be the same after a resume.
 PRESET = (
