@@ -7,10 +7,12 @@ nothing, and no process group is needed.
 import contextlib
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,17 @@ from moco_scale.errors import ConfigError, LostRankError
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 600.0
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SRUN = (
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +58,20 @@ class Ranks:
         return self.rank == 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where the launcher has put this process among those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device_index: int
+    """Which of the accelerators that this process sees is its own."""
+    rendezvous: str
+    """Where the ranks meet, a URL that torch.distributed knows."""
+
+
 def one_rank(device: torch.device | None = None) -> Ranks:
     """A world of one process, on the CPU unless said otherwise."""
     return Ranks(
@@ -60,42 +87,45 @@ def start(
     device: Literal["auto", "cpu", "cuda"],
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-    rendezvous: str = "env://",
+    rendezvous: str | None = None,
 ) -> Ranks:
-    """Join the other ranks, as torchrun's environment says; alone when there is none.
+    """Join the other ranks, as the environment of torchrun or srun says; alone when there is none.
 
     Sets this process's accelerator, or its number of CPU threads to its part of the cores.
 
     Args:
         device: auto takes CUDA where there is one.
         timeout_s: longest wait for the other ranks, here and in every collective.
-        rendezvous: where the ranks meet, a URL that torch.distributed knows.
+        rendezvous: where the ranks meet, a URL that torch.distributed knows; None: where the
+            environment says.
 
     Raises:
-        ConfigError: the environment is torchrun's only in part, or there is no such device.
+        ConfigError: see `read_environment`, or there is no such device.
         LostRankError: the others did not come in time.
     """
-    rank, world_size, local_rank, local_world_size = _read_environment(os.environ)
-    chosen = _device(device, local_rank=local_rank)
+    place = read_environment(os.environ)
+    chosen = _device(device, index=place.device_index)
     ranks = Ranks(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=local_world_size,
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        local_world_size=place.local_world_size,
         device=chosen,
     )
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     else:
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // local_world_size))
-    if world_size > 1:
+        torch.set_num_threads(max(1, cores // place.local_world_size))
+    if place.world_size > 1:
+        meeting = rendezvous or place.rendezvous
+        _check_resolves(meeting)
         with _others_answer():
             dist.init_process_group(
                 "nccl" if chosen.type == "cuda" else "gloo",
-                init_method=rendezvous,
-                rank=rank,
-                world_size=world_size,
+                init_method=meeting,
+                rank=place.rank,
+                world_size=place.world_size,
                 timeout=timedelta(seconds=timeout_s),
                 device_id=chosen if chosen.type == "cuda" else None,
             )
@@ -282,30 +312,125 @@ def _others_answer() -> Iterator[None]:
         ) from err
 
 
-def _read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size); a world of one without RANK."""
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return 0, 1, 0, 1
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+def read_environment(environment: Mapping[str, str]) -> Place:
+    """The place that torchrun gave this process, or else srun; a world of one without either.
+
+    torchrun under srun finds both, and its own variables are the nearer. A batch script, and a
+    shell on a node, are steps of one task or none.
+
+    Raises:
+        ConfigError: a variable is missing, or they contradict each other.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        rank, world_size, local_rank, local_world_size = _numbers(environment, TORCHRUN, "torchrun")
+        device_index = local_rank
+        rendezvous = "env://"
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        rank, world_size, local_rank, node, *start = _numbers(
+            {"SLURM_RESTART_COUNT": "0", **environment}, SRUN, "srun"
+        )
+        tasks = _tasks_per_node(environment, num_tasks=world_size)
+        local_world_size = tasks[node] if 0 <= node < len(tasks) else 0
+        device_index = 0 if _sees_only_its_own(environment, local_world_size) else local_rank
+        rendezvous = _slurm_rendezvous(environment, *start)
+    else:
+        rank, world_size, local_rank, local_world_size, device_index = 0, 1, 0, 1, 0
+        rendezvous = "env://"
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        raise ConfigError(
+            f"the environment calls this process rank {rank} of {world_size} and local rank "
+            f"{local_rank} of {local_world_size}, which cannot be; start the ranks with torchrun "
+            "or srun, or unset their variables"
+        )
+    return Place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        device_index=device_index,
+        rendezvous=rendezvous,
+    )
+
+
+def _numbers(environment: Mapping[str, str], names: Sequence[str], launcher: str) -> list[int]:
     try:
-        rank, world_size, local_rank, local_world_size = (int(environment[n]) for n in names)
+        return [int(environment[name]) for name in names]
     except KeyError as err:
         raise ConfigError(
             f"the environment has some of {', '.join(names)} but not {err.args[0]}; start the "
-            "ranks with torchrun, or unset them all"
+            f"ranks with {launcher}, or unset them all"
         ) from err
     except ValueError as err:
         raise ConfigError(f"{', '.join(names)} must be whole numbers: {err}") from err
-    return rank, world_size, local_rank, local_world_size
 
 
-def _device(choice: str, *, local_rank: int) -> torch.device:
+def _tasks_per_node(environment: Mapping[str, str], *, num_tasks: int) -> list[int]:
+    """How many tasks each node of the step has, of Slurm's "2(x3),1"."""
+    written = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in written.split(",")]
+    counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+    if None in parts or sum(counts) != num_tasks:
+        raise ConfigError(
+            f"SLURM_STEP_TASKS_PER_NODE {written!r} does not add up to SLURM_STEP_NUM_TASKS "
+            f"{num_tasks}; start the ranks with srun"
+        )
+    return counts
+
+
+def _sees_only_its_own(environment: Mapping[str, str], local_world_size: int) -> bool:
+    """Whether Slurm shows each task one accelerator of several, as with --gpus-per-task=1."""
+    seen = environment.get("CUDA_VISIBLE_DEVICES", "")
+    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+    shown_one = bool(seen) and "," not in seen
+    return shown_one and on_node.isdecimal() and int(on_node) >= local_world_size
+
+
+def _slurm_rendezvous(environment: Mapping[str, str], job: int, step: int, restart: int) -> str:
+    """Where rank 0 waits: on the first node, at a port that other jobs and steps do not take.
+
+    The port lies above those of Slurm's daemons (6817 to 6819) and below those that Linux gives to
+    outgoing connections (32768 and up, net.ipv4.ip_local_port_range). A requeued job draws another:
+    one that something else holds is not tried for ever.
+    """
+    host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    drawn = 15000 + (31 * job + step + restart) % 10000
+    port = environment.get("MASTER_PORT") or str(drawn)
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"MASTER_PORT {port!r} is no port; give one of 1 to 65535, or unset it")
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _first_host(nodes: str) -> str:
+    """gpu001 of Slurm's "gpu[001-003,7],big1"."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # at a comma outside brackets
+    host = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    if not re.fullmatch(r"[\w.-]+", host):
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST {nodes!r} names no first node; set MASTER_ADDR to its address"
+        )
+    return host
+
+
+def _check_resolves(rendezvous: str) -> None:
+    """Refuse at once a host without an address: torch would ask again until its time is over."""
+    host = urlsplit(rendezvous).hostname
+    try:
+        if host is not None:
+            socket.getaddrinfo(host, None)
+    except socket.gaierror as err:
+        if err.errno != socket.EAI_AGAIN:  # that may pass
+            raise ConfigError(
+                f"the first node, {host}, has no address here ({err.strerror}); set MASTER_ADDR"
+            ) from err
+
+
+def _device(choice: str, *, index: int) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if local_rank >= found:
+    if index >= found:
         raise ConfigError(
-            f"local rank {local_rank} has no CUDA device: {found} found on this machine; start "
+            f"local rank {index} has no CUDA device: {found} found on this machine; start "
             "fewer processes per node, or give --run.device cpu"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
