@@ -3,7 +3,7 @@
     python -m benchmarks.step                     all three sections, as Markdown
     python -m benchmarks.step overhead published mechanisms --steps 12
 
-overhead     the whole step with a synthetic loader, against the encoders' passes alone
+overhead     the whole step with a synthetic loader, against the encoders' passes and SGD alone
 published    MoCo as its first code had it (gather all images, clone the queue, EMA a tensor at a
              time), against this one: same mathematics, same batch, 1, 2 and 4 gloo ranks
 mechanisms   queue, memory bank and end-to-end (figure 2 of the paper): memory and time by the
@@ -89,23 +89,34 @@ def section_overhead(given: argparse.Namespace) -> None:
     encoder_q, encoder_k = trainer.model.encoder_q, trainer.model.encoder_k
     assert encoder_k is not None
 
+    sgd = build_sgd(trainer.parameters, OptimConfig(lr=0.0))  # a cost, not a step
+
     def encoders() -> None:
         trainer.optimizer.zero_grad()
         with torch.no_grad():
             encoder_k(batch.view_k)
         encoder_q(batch.view_q).square().sum().backward()
 
+    def encoders_and_sgd() -> None:
+        encoders()
+        sgd.step()
+
     with trainer.stepping():
         times = interleaved(
-            {"encoders alone": encoders, "whole step": trainer.advance}, steps=given.steps
+            {
+                "the two encoders": encoders,
+                "the two encoders and SGD": encoders_and_sgd,
+                "whole step": trainer.advance,
+            },
+            steps=given.steps,
         )
-    alone, whole = times["encoders alone"], times["whole step"]
+    alone, whole = times["the two encoders and SGD"], times["whole step"]
     print(f"{given.backbone} at {given.view_size} px, batch {given.batch}, {given.steps} steps\n")
     print("| | median ms | CPU ms |\n|---|---:|---:|")
     for name, (wall, cpu) in times.items():
         print(f"| {name} | {1000 * wall:.1f} | {1000 * cpu:.1f} |")
     print(
-        f"\nOverhead: {100 * (whole[0] / alone[0] - 1):+.1f} % of wall time, "
+        f"\nAround encoders and SGD: {100 * (whole[0] / alone[0] - 1):+.1f} % of wall time, "
         f"{100 * (whole[1] / alone[1] - 1):+.1f} % of CPU time."
     )
 
@@ -262,13 +273,16 @@ def counting_bytes() -> Iterator[list[int]]:
     others = (world - 1) / world
     kinds: dict[str, Callable[..., float]] = {
         "all_gather": lambda parts, _: others * sum(map(bytes_of, parts)),
-        "all_gather_into_tensor": lambda out, _: others * bytes_of(out),
+        "all_gather_into_tensor": lambda out, _: others * bytes_of(out),  # of torch before 2.14
+        "all_gather_single": lambda out, _: others * bytes_of(out),
         "all_to_all_single": lambda out, *_: bytes_of(out),
         "all_reduce": lambda tensor, *_: 2 * others * bytes_of(tensor),
         "broadcast": lambda tensor, *_: bytes_of(tensor),
     }
     with contextlib.ExitStack() as patched:
         for name, size in kinds.items():
+            if not hasattr(dist, name):
+                continue
             call = counted(getattr(dist, name), size)
             patched.enter_context(mock.patch.object(dist, name, call))
         yield received
@@ -290,16 +304,18 @@ def _config(given: argparse.Namespace, world_size: int) -> ModelConfig:
 
 def _compare(ranks: Ranks, given: argparse.Namespace) -> dict[str, tuple[float, int]]:
     config = _config(given, ranks.world_size)
-    views = _views(given, ranks)
     sides = {"published": Published(config, ranks), "ours": Ours(config, ranks)}
+    # The published code knew no channels_last.
+    plain = tuple(v.contiguous() if isinstance(v, Tensor) else v for v in _views(given, ranks))
+    views = {"published": plain, "ours": _views(given, ranks)}
     times = interleaved(
-        {name: (lambda side=side: side.step(*views)) for name, side in sides.items()},
+        {name: (lambda name=name: sides[name].step(*views[name])) for name in sides},
         steps=given.steps,
     )
     found = {}
     for name, side in sides.items():
         with counting_bytes() as received:
-            side.step(*views)
+            side.step(*views[name])
         # Gradients are the same bytes on both sides: DDP's go past the counted calls.
         flat = sum(p.numel() * 4 for p in sides["ours"].model.encoder_q.parameters())
         ours = 2 * flat * (ranks.world_size - 1) // ranks.world_size if name == "ours" else 0

@@ -235,8 +235,10 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         gathered = rows.new_empty((ranks.world_size * rows.shape[0], *rows.shape[1:]))
+        # Its name since torch 2.14, where the older one warns.
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         with _others_answer():
-            dist.all_gather_into_tensor(gathered, rows)
+            gather(gathered, rows)
         return gathered
 
     @staticmethod
