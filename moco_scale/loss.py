@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _CHUNK_ELEMENTS = 2**21
-"""Cosines of queries and negatives that are held at a time: 8 MiB in float32, near a core's cache."""
+"""Cosines of queries and negatives held at a time: 8 MiB in float32, near a core's cache."""
 
 
 def info_nce(
