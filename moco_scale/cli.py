@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moco_scale import cli_shards, cli_shuffle
+from moco_scale import cli_forecast, cli_shards, cli_shuffle
 from moco_scale.errors import EXIT_AGAIN, LostRankError
 from moco_scale.settings import UsageError, parse_flags
 from shards.errors import UserError
@@ -49,6 +49,8 @@ training
                              torchrun --nproc-per-node 8 -m moco_scale pretrain ...
   evaluate RUN --labels CSV  kNN beside pixels and a random encoder
   report RUN                 one self-contained HTML page about a run
+  forecast --images N --gpus G ...
+                             what a run on a cluster needs, and what runs out first
 
 Everything is a URL (s3://, gs://, az://) or a path.
 Each command explains itself: moco-scale COMMAND --help
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain": _pretrain,
         "evaluate": _evaluate,
         "report": _report,
+        "forecast": cli_forecast.run_forecast,
     }
     if not given or given[0] in ("-h", "--help", "help"):
         print(USAGE, end="")

@@ -11,8 +11,8 @@ _PUTS_PER_SHARD = 3  # tar, index, marker
 _READS_PER_SHARD = 2  # its rows in the plan, and the footer that says where they are
 _SET_PUTS = 4  # the manifest, its version, the rejections, the list of tars
 _KEYS_PER_LIST = 1000
-# A header, and half a block of padding.
-_TAR_BYTES_PER_OBJECT = BLOCK + BLOCK // 2
+TAR_BYTES_PER_OBJECT = BLOCK + BLOCK // 2
+"""That a tar adds to an image, on average: a header, and half a block of padding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +85,8 @@ class Bill:
             f"{self.get_requests:,} GET, {self.put_requests:,} PUT, {self.list_requests:,} LIST",
         )
         yield "time", self._time()
-        yield "cost", f"{_money(self.usd)} (requests {_money(self.requests_usd)}{self._egress()})"
-        yield "storage", f"{_money(self.storage_usd_per_month)} a month"
+        yield "cost", f"{money(self.usd)} (requests {money(self.requests_usd)}{self._egress()})"
+        yield "storage", f"{money(self.storage_usd_per_month)} a month"
         for warning in self.warnings:
             yield "warning", warning
 
@@ -103,7 +103,7 @@ class Bill:
         return f"{_hours(self.hours)} ({', '.join(known)})" if known else "not known"
 
     def _egress(self) -> str:
-        return "" if self.egress_usd == 0 else f", transfer {_money(self.egress_usd)}"
+        return "" if self.egress_usd == 0 else f", transfer {money(self.egress_usd)}"
 
 
 def estimate(
@@ -133,7 +133,7 @@ def estimate(
         download = None if mean is None else plan.known_bytes + mean * plan.unknown_sizes
     result = None
     if download is not None and not plan.settings.resize_side:
-        result = download + plan.planned * _TAR_BYTES_PER_OBJECT + plan.num_shards * 2 * BLOCK
+        result = download + plan.planned * TAR_BYTES_PER_OBJECT + plan.num_shards * 2 * BLOCK
     files = len(plan.parts) + len(plan.dropped_files) + len(plan.superseded_files) + 1
     puts = _PUTS_PER_SHARD * plan.num_shards + files + _SET_PUTS
     lists = catalog.list_requests + 1 + plan.num_shards // _KEYS_PER_LIST
@@ -196,7 +196,8 @@ def _hours(hours: float | None) -> str:
     return f"{hours * 60:.0f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"
 
 
-def _money(usd: float | None) -> str:
+def money(usd: float | None) -> str:
+    """For people; None is not known."""
     if usd is None:
         return "not known"
     return f"${usd:,.2f}" if usd >= 0.01 or usd == 0 else "below $0.01"
