@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from moco_scale.checkpoint import saved_steps
 from moco_scale.metrics import read_ledger, read_metrics
 from shards import ShardSet, open_store
 from tests.integration.conftest import NUM_IMAGES, Line
@@ -95,7 +96,9 @@ def test_a_run_killed_at_a_random_step_consumes_what_an_uninterrupted_one_does(l
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for printed in process.stdout:
-            if printed.startswith("step") and int(printed.split()[1]) >= stop_at:
+            if not printed.startswith("step") or int(printed.split()[1]) < stop_at:
+                continue
+            if saved_steps(open_store(killed)):  # checkpoints are written beside the steps
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
