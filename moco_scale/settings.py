@@ -114,8 +114,15 @@ def _value(hint: Any, value: Any, *, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        (inner,) = (arg for arg in get_args(hint) if arg is not type(None))
-        return _value(inner, value, path=path)
+        (other,) = (arg for arg in get_args(hint) if arg is not type(None))
+        return _value(other, value, path=path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} is a table, not {value!r}")
+        inner = get_args(hint)[1]
+        return {key: _value(inner, item, path=f"{path}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
     if origin is tuple:
         if isinstance(value, str) and get_args(hint)[0] is str:
             return (value,)  # one of what there may be several of

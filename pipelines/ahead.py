@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator
 from typing import Generic, TypeVar
 
+from pipelines.spans import Spans
 from pipelines.stats import StageStats
 
 T = TypeVar("T")
@@ -15,9 +16,17 @@ T = TypeVar("T")
 class Ahead(Generic[T]):
     """Runs `source` in a thread, at most `size` finished items ahead of whoever takes them."""
 
-    def __init__(self, source: Generator[T, None, None], *, size: int, name: str) -> None:
+    def __init__(
+        self,
+        source: Generator[T, None, None],
+        *,
+        size: int,
+        name: str,
+        spans: Spans | None = None,
+    ) -> None:
         self._source = source
         self._name = name
+        self._spans = spans or Spans()
         self._size = size
         self._items: deque[T] = deque()
         self._changed = threading.Condition()
@@ -41,9 +50,10 @@ class Ahead(Generic[T]):
         """
         with self._changed:
             began = time.perf_counter()
-            came = self._changed.wait_for(
-                lambda: self._items or self._ended or self._closed, timeout=timeout_s
-            )
+            with self._spans.of(f"wait for {self._name}"):
+                came = self._changed.wait_for(
+                    lambda: self._items or self._ended or self._closed, timeout=timeout_s
+                )
             self.taker_waited_s += time.perf_counter() - began
             if not came:
                 raise TimeoutError
@@ -90,7 +100,10 @@ class Ahead(Generic[T]):
                 self._busy_s += made - began
                 with self._changed:
                     # Without a deadline: the step may pause for hours, and close() ends the wait.
-                    self._changed.wait_for(lambda: len(self._items) < self._size or self._closed)
+                    with self._spans.of(f"{self._name} waits for room"):
+                        self._changed.wait_for(
+                            lambda: len(self._items) < self._size or self._closed
+                        )
                     if self._closed:
                         return
                     self._items.append(item)

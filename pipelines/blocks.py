@@ -13,6 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipelines.quarantine import damage
+from pipelines.spans import CHECK, READ, Spans
 from shards import ShardIndex, ShardSet
 from shards.errors import ChangedError
 from shards.objects import Allocate, allocated
@@ -119,9 +120,15 @@ class BlockReader:
     """Reads blocks, from any thread, and knows how many bytes of them are still in use."""
 
     def __init__(
-        self, sources: Mapping[int, Source], *, max_pixels: int, buffer_bytes: int
+        self,
+        sources: Mapping[int, Source],
+        *,
+        max_pixels: int,
+        buffer_bytes: int,
+        spans: Spans | None = None,
     ) -> None:
         self._sources = sources
+        self._spans = spans or Spans()
         self._max_pixels = max_pixels
         self._slabs = Slabs()
         self._buffer_bytes = buffer_bytes
@@ -193,11 +200,11 @@ class BlockReader:
             StoreError: the store failed for good, or the shard was replaced; never a bad sample.
         """
         source, shard, first, stop = held.source, held.shard, held.first, held.stop
-        index, start, size = held.index, held.start, held.size
-        one = self._sources[source]
+        start, size = held.start, held.size
         slab = self._slabs.take(size, most_bytes=self._room_for_slabs())
         try:
-            found = self._fetch(source, shard, start, start + size, lambda _: slab.data[:size])
+            with self._spans.of(READ, samples=stop - first, size_bytes=size):
+                found = self._fetch(source, shard, start, start + size, lambda _: slab.data[:size])
         except BaseException:
             self._let_go_of(slab, size, held.is_block)
             raise
@@ -208,6 +215,14 @@ class BlockReader:
         # The views of the samples hold `buffer`, and that holds the slab. (A slice of the slab
         # itself would not do: numpy lets views of a view hold the first owner alone.)
         weakref.finalize(buffer, self._let_go_of, slab, size, held.is_block).atexit = False
+        with self._spans.of(CHECK, samples=stop - first, size_bytes=size):
+            return self._checked(held, buffer)
+
+    def _checked(self, held: Held, buffer: Bytes) -> Block:
+        """The samples in `buffer`, and what is wrong with them."""
+        source, shard, first, stop = held.source, held.shard, held.first, held.stop
+        index, start = held.index, held.start
+        one = self._sources[source]
         offsets = (index.offset[first:stop] - start).tolist()
         ends = (index.end[first:stop] - start).tolist()
         data = [buffer[begin:end] for begin, end in zip(offsets, ends, strict=True)]

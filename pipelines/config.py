@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+HW_DECODER_LOAD = 0.65
+"""DALI's default. Published figures: 0.9 is no faster from end to end and waits longer at worst.
+Not measured here; benchmarks/gpu_input.py measures it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
@@ -36,6 +40,11 @@ class DataConfig:
     synthetic reads nothing at all."""
     num_threads: int = 0
     """Decoding threads per rank; 0 takes the cores of this machine divided by its ranks."""
+    hw_decoder_load: float = HW_DECODER_LOAD
+    """Part of the JPEGs that go to the GPU's JPEG engine, 0 to 1, where DALI decodes on a GPU that
+    has one."""
+    read_threads: int = 16
+    """Reads from the store that each rank may have under way."""
     prefetch_batches: int = 2
     """Batches that are made ready ahead of the step."""
     buffer_bytes: int = 1 << 30
@@ -49,9 +58,17 @@ class DataConfig:
     store is tried again for 0.7 of it."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "lanes_per_slot", "block_samples", "view_size"):
+        for name in (
+            "global_batch_size",
+            "lanes_per_slot",
+            "block_samples",
+            "view_size",
+            "read_threads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"data.hw_decoder_load must be in [0, 1], not {self.hw_decoder_load}")
         if self.weights and len(self.weights) != len(self.shards):
             raise ValueError(
                 f"data.weights has {len(self.weights)} numbers for {len(self.shards)} data.shards; "

@@ -12,8 +12,9 @@ from torch import Tensor
 from pipelines.cpu_views import decode, draw_view, use_one_thread, write_view
 from pipelines.errors import PipelineError
 from pipelines.sound import sound_image
+from pipelines.spans import AUGMENT, DECODE, MAKE, TRANSFER, Spans
 from pipelines.stream import EncodedBatch
-from pipelines.view_maker import Repair, Views
+from pipelines.view_maker import Repair, ToDevice, Views
 from pipelines.views import Draw, affine_colour
 
 
@@ -30,14 +31,18 @@ class CpuViews:
         view_dtype: Literal["float32", "float16", "uint8"],
         num_threads: int,
         device_index: int | None,
+        spans: Spans | None = None,
+        to_device: ToDevice | None = None,
     ) -> None:
         self._draw = draw
+        self._spans = spans or Spans()
         self._num_views = num_views
         self._view_size = view_size
         self._colour = colour
         self._view_dtype = view_dtype
         self._num_threads = num_threads
         self._device = torch.device("cpu" if device_index is None else f"cuda:{device_index}")
+        self._to_device = to_device or (lambda view: view.to(self._device, non_blocking=True))
         use_one_thread()
 
     def make(
@@ -76,9 +81,8 @@ class CpuViews:
                 views = [view[kept] for view in views]
                 faults = {}
             batch = repaired
-        return batch, tuple(
-            view.permute(0, 3, 1, 2).to(self._device, non_blocking=True) for view in views
-        )
+        with self._spans.of(TRANSFER, samples=len(batch), size_bytes=sum(v.nbytes for v in views)):
+            return batch, tuple(self._to_device(view.permute(0, 3, 1, 2)) for view in views)
 
     def _empty(self, count: int) -> Tensor:
         """N x S x S x 3, not filled."""
@@ -102,28 +106,30 @@ class CpuViews:
 
         def fill(place: int) -> str | None:
             width, height = batch.sizes[place].tolist()
+            data = batch.data[place]
             try:
-                image = decode(
-                    batch.data[place],
-                    size=(width, height),
-                    orientation=int(batch.orientations[place]),
-                )
+                with self._spans.of(DECODE, samples=1, size_bytes=len(data)):
+                    image = decode(
+                        data, size=(width, height), orientation=int(batch.orientations[place])
+                    )
             except ValueError as err:
                 return str(err)
-            for one, matrices, written in zip(params, affine, out, strict=True):
-                view = draw_view(
-                    image,
-                    one,
-                    place,
-                    view_size=self._view_size,
-                    colour=self._colour,
-                    affine=matrices,
-                )
-                write_view(view, written[place])
+            with self._spans.of(AUGMENT, samples=1):
+                for one, matrices, written in zip(params, affine, out, strict=True):
+                    view = draw_view(
+                        image,
+                        one,
+                        place,
+                        view_size=self._view_size,
+                        colour=self._colour,
+                        affine=matrices,
+                    )
+                    write_view(view, written[place])
             return None
 
         wanted = list(places)
-        found = zip(wanted, pool.map(fill, wanted), strict=True)
+        with self._spans.of(MAKE, samples=len(wanted)):
+            found = list(zip(wanted, pool.map(fill, wanted), strict=True))
         return {place: reason for place, reason in found if reason is not None}
 
 

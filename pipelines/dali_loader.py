@@ -16,13 +16,10 @@ from torch import Tensor
 from pipelines.dali_graph import PREFETCH, build_graph, inputs_of
 from pipelines.errors import PipelineError
 from pipelines.sound import sound_image
+from pipelines.spans import FEED, MAKE, Spans
 from pipelines.stream import EncodedBatch
 from pipelines.view_maker import Repair, Views
 from pipelines.views import Draw, ViewParams, affine_colour, evaluation_views
-
-HW_DECODER_LOAD = 0.65
-"""DALI's default. Published figures: 0.9 is no faster from end to end and waits longer at worst.
-Not measured here; benchmarks/gpu_input.py measures it."""
 
 
 class DaliViews:
@@ -39,9 +36,11 @@ class DaliViews:
         view_dtype: Literal["float32", "float16", "uint8"],
         num_threads: int,
         device_index: int | None,
-        hw_decoder_load: float = HW_DECODER_LOAD,
+        hw_decoder_load: float,
+        spans: Spans | None = None,
     ) -> None:
         self._draw = draw
+        self._spans = spans or Spans()
         self._colour = colour
         self._device_index = device_index
         self._graph = build_graph(
@@ -73,7 +72,8 @@ class DaliViews:
     ) -> Iterator[tuple[EncodedBatch, Views]]:
         """The oldest running batch; if it fails, all that run, since results come in order."""
         batch = running.popleft()
-        views = self._result()
+        with self._spans.of(MAKE, samples=len(batch)):
+            views = self._result()
         if not isinstance(views, RuntimeError):
             yield batch, views
             return
@@ -131,8 +131,10 @@ class DaliViews:
             ) from result
 
     def _start(self, batch: EncodedBatch) -> None:
-        self._feed(batch.data, self._draw(batch.positions, batch.sizes))
-        self._graph.schedule_run()
+        size_bytes = sum(map(len, batch.data))
+        with self._spans.of(FEED, samples=len(batch), size_bytes=size_bytes):
+            self._feed(batch.data, self._draw(batch.positions, batch.sizes))
+            self._graph.schedule_run()
 
     def _feed(self, data: Sequence[NDArray[np.uint8]], views: Sequence[ViewParams]) -> None:
         feed = self._graph.feed_input

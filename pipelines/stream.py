@@ -18,6 +18,7 @@ from pipelines.ahead import Ahead
 from pipelines.blocks import Block, BlockReader, Bytes, Source
 from pipelines.errors import BadDataError, StalledError
 from pipelines.quarantine import BadSample, Quarantine, candidates
+from pipelines.spans import ASSEMBLE, PLAN, READ, STREAM, Spans
 from pipelines.stats import StageStats, StreamStats
 from shards.errors import StoreError
 
@@ -27,7 +28,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_READ_THREADS = 16
+READ_THREADS = 16
 _PLANNED_AHEAD, _PLANNED_AT_MOST = 8, 32
 """Batches whose blocks are on their way before the first of them is needed; and how many they may
 be while the first is not here and threads are idle."""
@@ -118,6 +119,8 @@ class Stream:
         wait_timeout_s: float,
         quarantine: Quarantine,
         on_bad: Literal["replace", "drop"],
+        read_threads: int = READ_THREADS,
+        spans: Spans | None = None,
     ) -> None:
         """Args:
         sources: may get more entries while the stream runs, each before a need that names it.
@@ -125,6 +128,7 @@ class Stream:
         seed: of the substitutes.
         max_pixels: larger images are bad.
         on_bad: put another sample of the block in a bad one's place, or leave the place out.
+        read_threads: reads that may be under way at once.
         """
         self._sources = sources
         self._needs = needs
@@ -137,7 +141,11 @@ class Stream:
         self._timeout_s = wait_timeout_s
         self._quarantine = quarantine
         self._on_bad = on_bad
-        self._reader = BlockReader(sources, max_pixels=max_pixels, buffer_bytes=buffer_bytes)
+        self._read_threads = read_threads
+        self._spans = spans = spans or Spans()
+        self._reader = BlockReader(
+            sources, max_pixels=max_pixels, buffer_bytes=buffer_bytes, spans=self._spans
+        )
         self._lane_key = np.zeros(0, dtype=np.int64)
         self._holders: Counter[int] = Counter()
         self._live: dict[int, _Reading | None] = {}
@@ -147,8 +155,10 @@ class Stream:
         self._waited_s = 0.0
         self._running: dict[Future[Any], tuple[str, float]] = {}
         self._closed = False
-        self._pool = _Readers(_READ_THREADS)
-        self._ahead = Ahead(self._batches(), size=max(1, prefetch_batches), name="stream")
+        self._pool = _Readers(read_threads)
+        self._ahead = Ahead(
+            self._batches(), size=max(1, prefetch_batches), name=STREAM, spans=spans
+        )
 
     def __iter__(self) -> Iterator[EncodedBatch]:
         return self
@@ -244,7 +254,8 @@ class Stream:
                 self._load_indexes(need, changes)
             while planned and (self._is_enough(planned) or not self._has_room(keys, changes)):
                 yield self._assemble(planned.popleft())
-            planned.append(self._plan(need, keys, changes, planned))
+            with self._spans.of(PLAN, samples=len(need.positions)):
+                planned.append(self._plan(need, keys, changes, planned))
         while planned and not self._closed:
             yield self._assemble(planned.popleft())
         self._live.clear()
@@ -254,7 +265,7 @@ class Stream:
         if not _PLANNED_AHEAD <= len(planned) < _PLANNED_AT_MOST:
             return len(planned) >= _PLANNED_AHEAD
         # What is here already, from a local disk, gains nothing by more that waits beside it.
-        return len(self._running) >= _READ_THREADS or all(
+        return len(self._running) >= self._read_threads or all(
             reading.future.done() for reading in planned[0].readings
         )
 
@@ -424,13 +435,21 @@ class Stream:
     def _assemble(self, planned: "_Planned") -> EncodedBatch:
         need = planned.need
         self._quarantine.seen(len(need.positions))
+        with self._spans.of(f"wait for {READ}"):
+            for reading in planned.readings:
+                if reading.block is None:
+                    reading.block = self._wait_for(reading.future)
+        with self._spans.of(ASSEMBLE, samples=len(need.positions)):
+            return self._assembled(planned)
+
+    def _assembled(self, planned: "_Planned") -> EncodedBatch:
+        need = planned.need
         data, facts, bad = [], [], []
         for place, (reading, member) in enumerate(
             zip(planned.readings, need.members.tolist(), strict=True)
         ):
             block = reading.block
-            if block is None:
-                block = reading.block = self._wait_for(reading.future)
+            assert block is not None, "it has been waited for"
             at = member - block.first
             data.append(block.data[at])
             facts.append(block.facts[at])

@@ -18,10 +18,11 @@ from pipelines.loader import Batch, Loader
 from pipelines.mixture import Mixture, Place
 from pipelines.order import ALGORITHM, rank_positions
 from pipelines.quarantine import BadSample, Quarantine
+from pipelines.spans import VIEWS, Spans
 from pipelines.stats import LoaderStats, StageStats, StreamStats
 from pipelines.stream import EncodedBatch, Need, Source, Stream
 from pipelines.synthetic import HeadspaceLoader, SyntheticLoader
-from pipelines.view_maker import ViewMaker, Views, open_view_maker
+from pipelines.view_maker import ToDevice, ViewMaker, Views, open_view_maker
 from pipelines.views import ViewParams, evaluation_views, pair_of_views
 from shards import ShardSet
 from shards.errors import ShardError
@@ -47,6 +48,8 @@ def open_loader(
     device_index: int | None,
     local_world_size: int | None = None,
     agree: Callable[[T], T] | None = None,
+    spans: Spans | None = None,
+    to_device: ToDevice | None = None,
 ) -> Loader:
     """Two views of each sample of a shard set, in an order that the seed alone decides.
 
@@ -57,6 +60,8 @@ def open_loader(
         agree: gives every rank what rank 0 passes to it; all ranks call it at the same steps.
             Without it a world of several ranks stays with the versions of the shard sets that it
             began with, and must have begun with the same.
+        spans: take what the loader's threads do, while they are recording.
+        to_device: how the CPU path's views go to the device, instead of `Tensor.to`.
 
     Raises:
         FormatError: there is no shard set at an address of `config.shards`.
@@ -92,9 +97,19 @@ def open_loader(
         view_dtype=config.view_dtype,
         num_threads=config.num_threads or _threads_of_a_rank(local_world_size or world_size),
         device_index=device_index,
+        hw_decoder_load=config.hw_decoder_load,
+        spans=spans,
+        to_device=to_device,
     )
     loader = StreamingLoader(
-        mixture, maker, config=config, seed=seed, rank=rank, world_size=world_size, agree=agree
+        mixture,
+        maker,
+        config=config,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        agree=agree,
+        spans=spans,
     )
     if config.mode == "headspace":
         return HeadspaceLoader(loader, global_batch_size=config.global_batch_size)
@@ -132,8 +147,10 @@ class StreamingLoader:
         rank: int,
         world_size: int,
         agree: Callable[[Any], Any] | None,
+        spans: Spans | None = None,
     ) -> None:
         self._mixture = mixture
+        self._spans = spans
         self._maker = maker
         self._config = config
         self._seed = seed
@@ -189,7 +206,8 @@ class StreamingLoader:
             self._ahead = Ahead(
                 self._maker.make(self._stream, self._stream.repair),
                 size=max(1, self._config.prefetch_batches),
-                name="views",
+                name=VIEWS,
+                spans=self._spans,
             )
         try:
             encoded, (view_q, view_k) = self._ahead.get(timeout_s=self._config.wait_timeout_s)
@@ -340,6 +358,8 @@ class StreamingLoader:
             wait_timeout_s=self._config.wait_timeout_s,
             quarantine=self._quarantine,
             on_bad="replace",
+            read_threads=self._config.read_threads,
+            spans=self._spans,
         )
 
     def _needs(self, place: Place) -> Iterator[Need]:

@@ -9,7 +9,9 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from pipelines.config import HW_DECODER_LOAD
 from pipelines.errors import PipelineError
+from pipelines.spans import Spans
 from pipelines.stream import EncodedBatch
 from pipelines.views import IMAGE_MEAN, IMAGE_STD, Draw
 
@@ -17,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 Views: TypeAlias = tuple[Tensor, ...]
 """A view each: N x 3 x S x S, channels_last in memory. Floats are normalised, bytes are not."""
+
+ToDevice: TypeAlias = Callable[[Tensor], Tensor]
+"""Views in (page-locked) memory -> the same on the device."""
 
 Repair: TypeAlias = Callable[[EncodedBatch, Mapping[int, str]], EncodedBatch]
 """(batch, reason by place) -> the batch with others at those places, or shorter by them."""
@@ -46,6 +51,9 @@ def open_view_maker(
     view_dtype: Literal["float32", "float16", "uint8"],
     num_threads: int,
     device_index: int | None,
+    hw_decoder_load: float = HW_DECODER_LOAD,
+    spans: Spans | None = None,
+    to_device: ToDevice | None = None,
 ) -> ViewMaker:
     """What makes views of at most `batch_size` samples at a time, as the settings want it.
 
@@ -55,6 +63,8 @@ def open_view_maker(
         colour: None: views differ in their crop and flip alone, neither in colour nor in blur.
         num_threads: that decode; on the CPU they draw, too.
         device_index: the GPU that is to hold the views; None for the CPU.
+        hw_decoder_load: part of the JPEGs that go to a GPU's JPEG engine, where it has one.
+        to_device: how the CPU path's views go to the device, instead of `Tensor.to`.
 
     Raises:
         PipelineError: DALI is asked for and not installed.
@@ -86,6 +96,8 @@ def open_view_maker(
             view_dtype=view_dtype,
             num_threads=num_threads,
             device_index=device_index,
+            hw_decoder_load=hw_decoder_load,
+            spans=spans,
         )
     # Deferred: OpenCV and Pillow are not needed beside DALI.
     from pipelines.cpu_loader import CpuViews
@@ -99,6 +111,8 @@ def open_view_maker(
         view_dtype=view_dtype,
         num_threads=num_threads,
         device_index=device_index,
+        spans=spans,
+        to_device=to_device,
     )
 
 

@@ -212,7 +212,7 @@ def test_defaults_are_those_of_the_stream_and_of_pretraining() -> None:
 
     for name in ("block_samples", "lanes_per_slot", "buffer_bytes", "prefetch_batches"):
         assert getattr(ours, name) == getattr(data, name)
-    assert ours.reads_in_flight == stream._READ_THREADS
+    assert ours.reads_in_flight == stream.READ_THREADS
     ahead = (stream._PLANNED_AHEAD, stream._PLANNED_AT_MOST)
     assert ahead == (model.PLANNED_AHEAD, model.PLANNED_AT_MOST)
     assert ahead == (simulated_ranks.PLANNED_AHEAD, simulated_ranks.PLANNED_AT_MOST)
