@@ -532,23 +532,25 @@ class Trainer:
 
     def _find_checkpoint(self, asked: str) -> Checkpoint | None:
         """The checkpoint to go on from; None for a new run."""
-        steps = saved_steps(self.store)
-        if asked == "auto" and steps:
-            try:
-                return latest(self.store)
-            except UnfinishedError as err:  # it was stopped while it wrote its first
-                logger.warning("%s; beginning anew", err)
-                return None
-        if steps and asked != "never":
-            own = latest(self.store)
-            if own.config["run"]["resume"] == asked:  # stopped since, and started again
-                return own
-        if steps:
-            raise CheckpointError(
-                f"{self.store.url} already has checkpoints (up to step {steps[-1]}), and "
-                f"run.resume is {asked!r}; give another run.url, or run.resume auto"
-            )
-        return None if asked in ("auto", "never") else load_checkpoint(asked)
+        own = self._own_checkpoint()
+        if own is None:
+            return None if asked in ("auto", "never") else load_checkpoint(asked)
+        # Of another's, too: this run went on from it, was stopped since, and is started again.
+        if asked == "auto" or (asked != "never" and own.config["run"]["resume"] == asked):
+            return own
+        raise CheckpointError(
+            f"{self.store.url} already has checkpoints (up to step {own.step}), and "
+            f"run.resume is {asked!r}; give another run.url, or run.resume auto"
+        )
+
+    def _own_checkpoint(self) -> Checkpoint | None:
+        if not saved_steps(self.store):
+            return None
+        try:
+            return latest(self.store)
+        except UnfinishedError as err:  # it was stopped while it wrote its first
+            logger.warning("%s; beginning anew", err)
+            return None
 
     @contextlib.contextmanager
     def _log_written(self) -> Iterator[None]:

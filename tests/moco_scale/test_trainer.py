@@ -257,13 +257,14 @@ def test_a_signal_saves_between_checkpoints_and_the_old_handler_comes_back(
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_run_stopped_inside_its_first_checkpoint_begins_anew(
-    url: str, caplog: pytest.LogCaptureFixture
+    url: str, resume: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     build(url, max_steps=2).run()
     open_store(url).delete(["checkpoints/step-000000002.pt.sha256"])
 
-    again = build(url, max_steps=2)
+    again = build(url, max_steps=2, resume=resume)
 
     assert again.step == 0
     assert "beginning anew" in caplog.text
@@ -319,6 +320,22 @@ def test_a_branch_that_was_stopped_goes_on_with_the_same_command(url: str) -> No
     assert_same_bits(state(branch), state(straight_run(url)))
     with pytest.raises(CheckpointError, match=r"already has checkpoints"):
         build(branch, resume=f"{url}/checkpoints/step-000000004.pt")
+
+
+def test_a_branch_that_was_stopped_inside_its_first_checkpoint_begins_anew(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(url, max_steps=5).run()
+    first, branch = latest(open_store(url)).url, f"{url}-branch"
+    build(branch, resume=first, max_steps=8).run()
+    open_store(branch).delete(["checkpoints/step-000000008.pt.sha256"])
+
+    again = build(branch, resume=first)
+
+    assert again.resumed_from == first
+    assert "beginning anew" in caplog.text
+    again.run()
+    assert_same_bits(state(branch), state(straight_run(url)))
 
 
 def straight_run(url: str) -> str:
