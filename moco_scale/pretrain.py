@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Callable, Sequence
 
 from moco_scale import distributed
@@ -9,7 +10,7 @@ from moco_scale.config import CONFIG_FILE, TrainConfig, load_config, to_mapping
 from moco_scale.distributed import Ranks, broadcast_object
 from moco_scale.errors import EXIT_AGAIN
 from moco_scale.metrics import StepMetrics
-from moco_scale.trainer import Trainer
+from moco_scale.trainer import STOP_SIGNALS, Trainer
 from pipelines import open_loader
 from shards import open_store
 
@@ -84,6 +85,9 @@ def _train(
             open_store(config.run.url).put(CONFIG_FILE, saved.encode())
         result = trainer.run()
         if result.preempted:
+            # Launchers send another as soon as the first of several processes has ended.
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
             say(
                 f"stopped by a signal and saved after step {result.step:,}: start it again to go on"
             )

@@ -64,6 +64,9 @@ from shards.store import open_store
 
 logger = logging.getLogger(__name__)
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""They save and stop a run."""
+
 _DRAWS = 0xA0
 """So that these numbers differ from others drawn from the same seed."""
 
@@ -585,10 +588,7 @@ class _StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
+        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
             yield
         finally:
