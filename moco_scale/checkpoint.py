@@ -14,7 +14,6 @@ import hashlib
 import io
 import logging
 import pickle
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,13 +107,12 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[str] | None = None
 
-    def save(self, checkpoint: Checkpoint, *, best: int | None = None) -> float:
-        """Begin to save, and return how many seconds the caller was held up.
+    def save(self, checkpoint: Checkpoint, *, best: int | None = None) -> None:
+        """Begin to save.
 
         Raises:
             StoreError: the one before could not be written.
         """
-        began = time.perf_counter()
         self.wait()
         copied = dataclasses.replace(
             checkpoint, model=_copied(checkpoint.model), optimizer=_copied(checkpoint.optimizer)
@@ -122,7 +120,6 @@ class CheckpointWriter:
         self._running = self._pool.submit(
             save_checkpoint, self._store, copied, keep=self._keep, best=best
         )
-        return time.perf_counter() - began
 
     def wait(self) -> None:
         """Until what was begun is written.

@@ -189,12 +189,11 @@ class MoCo(nn.Module):
         if is_behind and has_keys:
             self._follow(torch.ones((), dtype=torch.bool, device=self.ranks.device))
 
-    def filled_frac(self, steps: int, *, global_batch_size: int) -> float:
-        """Part of the queue that holds real keys after so many steps; 1 without a queue."""
+    def filled_frac(self, images: int) -> float:
+        """Part of the queue that holds real keys after so many images; 1 without a queue."""
         if self.config.dictionary != "queue":
             return 1.0
-        keys = steps * self.config.keys_of_step(global_batch_size)
-        return min(1.0, keys / self.config.queue_size)
+        return min(1.0, self.config.keys_of_step(images) / self.config.queue_size)
 
     def oldest_key(self, steps: int, *, global_batch_size: int) -> float:
         """Age in steps of the queue's oldest key after so many steps; 0 without a queue."""

@@ -450,7 +450,7 @@ class Trainer:
             data_wait_frac=wait_s / elapsed_s,
             checkpoint_stall_ms=1000 * stall_s,
             queue_filled_frac=self.model.filled_frac(
-                self.step, global_batch_size=self.data_config.global_batch_size
+                self.position.images - self._skipped * self.data_config.global_batch_size
             ),
             world_size=self.ranks.world_size,
             last_step=self.last_step,
@@ -489,12 +489,14 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint; the rows that led to it first, so that no step is lost between them."""
+        began = time.perf_counter()
         self._save_due = False
         self._log.flush(next_step=self.step + 1)
         barrier(self.ranks)  # a checkpoint whose rows a lost rank still held would leave a gap
         if self.ranks.speaks:
             best = self._best[1] if self._best else None
-            self._sums.stall_s += self._writer.save(self.state_dict(), best=best)
+            self._writer.save(self.state_dict(), best=best)
+        self._sums.stall_s += time.perf_counter() - began
 
     def _open_knn(self) -> OnlineKnn | None:
         run, data = self.run_config, self.data_config

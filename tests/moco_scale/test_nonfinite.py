@@ -185,6 +185,15 @@ def test_figures_that_are_not_finite_are_none_in_strict_json(tmp_path: Path) -> 
             json.loads(line, parse_constant=pytest.fail)
 
 
+def test_a_step_without_effect_fills_no_queue(tmp_path: Path) -> None:
+    url = str(tmp_path)
+
+    build(one_rank(), url, "query", max_steps=3, bad_steps=(1,), log_every=1).run()
+
+    one_step = BATCH / MODEL.queue_size
+    assert [row.queue_filled_frac for row in read_metrics(url)] == [0, one_step, 2 * one_step]
+
+
 def test_the_budget_counts_all_steps_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     def run(url: str, max_steps: int, frac: float) -> None:
         build(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from moco_scale.optim import OptimConfig
 from moco_scale.trainer import RunConfig, RunResult, Trainer
 from pipelines.config import DataConfig
 from pipelines.errors import BadDataError
-from shards.store import open_store
+from shards.store import Store, open_store
 from tests.moco_scale.test_step import small_encoder
 from tests.support.distributed import run_distributed
 from tests.support.fake_loader import FakeLoader
@@ -407,6 +408,29 @@ def test_metrics_say_what_happened(url: str) -> None:
         assert row.samples_per_s == pytest.approx(BATCH / row.step_s)
         assert row.grad_norm is not None
         assert row.grad_norm > 0
+
+
+def test_writing_the_rows_of_a_checkpoint_counts_among_what_saving_held_up(url: str) -> None:
+    class Slow:
+        def __init__(self, inner: Store) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def put(self, path: str, *arguments: Any, **more: Any) -> Any:
+            if path.startswith("metrics/"):
+                time.sleep(0.2)
+            return self._inner.put(path, *arguments, **more)
+
+    trainer = build(url, max_steps=6)
+    trainer.store = Slow(trainer.store)  # type: ignore[assignment]
+
+    trainer.run()
+
+    stalls = {row.step: row.checkpoint_stall_ms for row in read_metrics(url)}
+    assert stalls[4] == 0
+    assert stalls[6] >= 200  # the first row after the checkpoint of step 5
 
 
 @pytest.mark.parametrize("bf16", ["on", "off"])
