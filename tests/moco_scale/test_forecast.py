@@ -44,7 +44,7 @@ from pipelines.config import DataConfig
 from shards.bill import TAR_BYTES_PER_OBJECT, Prices
 from tests.support import simulated_ranks
 from tests.support.command import moco_scale
-from tests.support.simulated_ranks import Ranks, step_with_late_reads
+from tests.support.simulated_ranks import Ranks
 
 # 10,000 samples/s in all; a sample is 100 kB in its tar, lanes are so long that 64 samples cost a
 # GET and nothing is read twice.
@@ -303,7 +303,7 @@ def test_numbers_of_gpus_that_cannot_train_are_left_out_with_the_reason() -> Non
 
 
 # The step takes 20 ms and 16 samples: 800 samples/s a rank, of which two reads bring a batch.
-SLEEPING = Ranks(ranks=2, batch_size=16, block=8, step_s=0.02, reads_in_flight=4)
+TWO_RANKS = Ranks(ranks=2, reads_per_batch=16 / 8, step_s=0.02, reads_in_flight=4)
 SIMULATED = [
     ("nothing is short", STEP, {}, {}),
     ("store requests, half", REQUESTS, {"get_s": 0.010}, {"gets_per_s_per_prefix": 100}),
@@ -342,7 +342,7 @@ SIMULATED = [
     [one[1:] for one in SIMULATED],
     ids=[one[0] for one in SIMULATED],
 )
-def test_sleeping_ranks_run_as_fast_as_forecast(
+def test_simulated_ranks_run_as_fast_as_forecast(
     bound_by: str, slow: dict[str, Any], stated: dict[str, Any]
 ) -> None:
     inputs = Inputs(
@@ -353,11 +353,11 @@ def test_sleeping_ranks_run_as_fast_as_forecast(
     )
     predicted = forecast(inputs_with(inputs, **stated)).asked
 
-    measured = replace(SLEEPING, **slow).samples_per_s(warm_up=40, steps=60)
+    simulated = 2 * 16 / replace(TWO_RANKS, **slow).mean_step_s(steps=1000, seed=0)
 
     assert predicted.bound_by == bound_by
-    print(f"forecast {predicted.samples_per_s:,.0f}, measured {measured:,.0f} samples/s")
-    assert measured == pytest.approx(predicted.samples_per_s, rel=0.2)
+    print(f"forecast {predicted.samples_per_s:,.0f}, simulated {simulated:,.0f} samples/s")
+    assert simulated == pytest.approx(predicted.samples_per_s, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -375,16 +375,14 @@ def test_late_reads_stall_simulated_ranks_as_forecast(
         cluster=Cluster(prefixes=1000),
     )
 
-    step_s = step_with_late_reads(
+    step_s = Ranks(
         ranks=ranks,
         reads_per_batch=16 / 64,
         step_s=0.012,
         latency_s=latency_s,
         late_s=late_s,
         late_frac=0.01,
-        steps=4000,
-        seed=0,
-    )
+    ).mean_step_s(steps=4000, seed=0)
 
     predicted_s = 16 * ranks / forecast(inputs).asked.samples_per_s
     print(f"forecast {1e3 * predicted_s:.1f} ms, simulated {1e3 * step_s:.1f} ms")
