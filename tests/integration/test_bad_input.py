@@ -14,7 +14,7 @@ from tests.integration.conftest import Line
 from tests.support.command import MOCO_SCALE, moco_scale, pretrain_arguments
 from tests.support.faulty_proxy import Fault, FaultyProxy
 
-pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("s3"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("s3"), pytest.mark.timeout(600)]
 
 
 def complaint(*arguments: str, code: int, env: dict[str, str] | None = None) -> str:

@@ -36,7 +36,7 @@ from moco_scale.checkpoint import (
 from moco_scale.metrics import StepMetrics, read_ledger, read_metrics
 from shards.folder import UNFINISHED
 from shards.store import open_store
-from tests.support.command import MOCO_SCALE, TINY, pretrain_arguments
+from tests.support.command import MOCO_SCALE, TINY, on_one_core, pretrain_arguments
 from tests.support.shard_sets import make_shard_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -144,8 +144,8 @@ class Job:
 
 
 def alone() -> list[str]:
-    """On one core, so with one thread, on which no bit of a sum depends."""
-    return ["taskset", "-c", str(max(os.sched_getaffinity(0))), *MOCO_SCALE]
+    """On one core, so that no bit of a sum depends on the number of threads."""
+    return [*on_one_core(), *MOCO_SCALE]
 
 
 def torchrun(processes: int) -> list[str]:
@@ -196,7 +196,9 @@ def straight(place: Place) -> Straight:
     begun: dict[int, float] = {}
     whole: dict[int, float] = {}
     with Job(place, "straight") as job:
-        while job.process.poll() is None:
+        is_over = False
+        while not is_over:
+            is_over = job.process.poll() is not None  # one more look then
             now = time.monotonic() - job.started
             for step in job.begun:
                 begun.setdefault(step, now)
@@ -267,17 +269,26 @@ def figures(url: str) -> list[tuple[int, float, float, float]]:
 
 
 def kill_in(moment: str, job: Job, straight: Straight, draw: Random) -> None:
-    """Kill at a moment that is uniform over the start, a cycle, or the writing of a checkpoint."""
+    """Kill at a moment that is uniform over the start, a cycle, or the writing of a checkpoint.
+
+    By the pace of the uninterrupted run. Where this one is faster by now, the moment ends with what
+    it is of: else so much would be done by each start that the last ones had nothing left.
+    """
     if moment == "start":
         delay_s = draw.uniform(0, straight.start_s)
+        most = 1
     elif moment == "cycle":
         delay_s = draw.uniform(0, straight.cycle_s)
         job.wait_for(lambda: job.whole)
+        most = 3
     else:
         delay_s = draw.uniform(0, straight.write_s)
-        wanted = draw.choice((1, 2))
-        job.wait_for(lambda: len(job.begun) >= wanted)
-    time.sleep(delay_s)  # the random moment
+        most = draw.choice((1, 2))
+        job.wait_for(lambda: len(job.begun) >= most)
+        most += 1
+    until = time.monotonic() + delay_s  # the random moment
+    while time.monotonic() < until and len(job.begun) < most:
+        time.sleep(0.002)  # between two looks
     job.kill()
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import tarfile
 from collections import defaultdict
@@ -11,13 +12,18 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from moco_scale.checkpoint import saved_steps
 from moco_scale.metrics import read_ledger, read_metrics
 from shards import ShardSet, open_store
 from tests.integration.conftest import NUM_IMAGES, Line
-from tests.support.command import MOCO_SCALE, moco_scale, pretrain_arguments, torchrun
+from tests.support.command import (
+    MOCO_SCALE,
+    moco_scale,
+    on_one_core,
+    pretrain_arguments,
+    torchrun,
+)
 
-pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("s3"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("s3"), pytest.mark.timeout(600)]
 
 STEPS = 3 * NUM_IMAGES // 16
 
@@ -88,22 +94,29 @@ def test_webdataset_streams_the_shards_straight_from_s3(line: Line) -> None:
 
 def test_a_run_killed_at_a_random_step_consumes_what_an_uninterrupted_one_does(line: Line) -> None:
     straight, killed = f"{line.base}/straight", f"{line.base}/killed"
-    whole = moco_scale(*pretrain_arguments(line.preset, line.shard_set, straight))
+    whole = moco_scale(
+        *pretrain_arguments(line.preset, line.shard_set, straight), before=on_one_core()
+    )
     assert whole.returncode == 0, whole.stderr
 
-    command = [*MOCO_SCALE, *pretrain_arguments(line.preset, line.shard_set, killed)]
-    stop_at = random.randrange(5, STEPS - 1)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for printed in process.stdout:
+    arguments = pretrain_arguments(line.preset, line.shard_set, killed)
+    command = [*on_one_core(), *MOCO_SCALE, *arguments]
+    stop_at = random.randrange(5, 10)
+    # The run waits until its lines are read, but for some six of them: so it is killed before its
+    # end however late that is.
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    with ours, ours.makefile() as lines, subprocess.Popen(command, stdout=theirs) as process:
+        theirs.close()
+        for printed in lines:
             if not printed.startswith("step") or int(printed.split()[1]) < stop_at:
                 continue
-            if saved_steps(open_store(killed)):  # checkpoints are written beside the steps
+            if is_any_whole(killed):  # at step 9 at the latest: the second waits for the first
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
     assert len(read_ledger(killed)) < STEPS
-    again = moco_scale(*pretrain_arguments(line.preset, line.shard_set, killed))
+    again = moco_scale(*arguments, before=on_one_core())
 
     assert again.returncode == 0, again.stderr
     assert "resum" in again.stdout.lower()
@@ -111,10 +124,18 @@ def test_a_run_killed_at_a_random_step_consumes_what_an_uninterrupted_one_does(l
     assert read_ledger(killed) == read_ledger(straight), f"killed at step {stop_at}"
 
 
+def is_any_whole(run: str) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    names = [name for page in open_store(run).list() for name in page.column("path").to_pylist()]
+    return any(name.endswith(".pt.sha256") for name in names)
+
+
 def test_two_ranks_consume_disjoint_halves_of_what_one_rank_consumes(line: Line) -> None:
     one, two = f"{line.base}/one-rank", f"{line.base}/two-ranks"
     arguments = ("--optim.epochs", "1")
-    alone = moco_scale(*pretrain_arguments(line.preset, line.shard_set, one, *arguments))
+    alone = moco_scale(
+        *pretrain_arguments(line.preset, line.shard_set, one, *arguments), before=on_one_core()
+    )
     assert alone.returncode == 0, alone.stderr
     paired = torchrun(2, *pretrain_arguments(line.preset, line.shard_set, two, *arguments))
     assert paired.returncode == 0, paired.stderr
@@ -139,7 +160,8 @@ def test_two_ranks_consume_disjoint_halves_of_what_one_rank_consumes(line: Line)
 def test_evaluation_and_report_of_a_run(line: Line, tmp_path: Path) -> None:
     run = f"{line.base}/reported"
     trained = moco_scale(
-        *pretrain_arguments(line.preset, line.shard_set, run, "--optim.epochs", "1")
+        *pretrain_arguments(line.preset, line.shard_set, run, "--optim.epochs", "1"),
+        before=on_one_core(),
     )
     assert trained.returncode == 0, trained.stderr
 

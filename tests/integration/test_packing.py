@@ -21,11 +21,11 @@ from tests.support.command import MOCO_SCALE, moco_scale
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.ray_cluster import ray_cluster
 
-pytestmark = [pytest.mark.s3, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.s3, pytest.mark.timeout(900)]
 
 NUM_IMAGES = 240
 SETTINGS = ("--max-shard-samples", "6", "--seed", "5")
-LONGEST_RUN_S = 100
+LONGEST_RUN_S = 240
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def test_a_packing_that_is_killed_now_and_then_writes_the_same_bytes(raw: Raw) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_a_packing_that_is_killed_twenty_times_writes_the_same_bytes(raw: Raw) -> None:
     kill_and_resume(raw, name="killed-often", kills=20)
 
@@ -188,7 +188,7 @@ def test_what_passes_by_itself_changes_no_byte(
     url = f"{raw.out}/{request.node.callspec.id}"
     with FaultyProxy(raw.server.endpoint, [fault]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        done = moco_scale("pack", raw.bucket, url, *SETTINGS, "--workers", "1", timeout_s=200)
+        done = moco_scale("pack", raw.bucket, url, *SETTINGS, "--workers", "1")
         struck = proxy.struck(fault)
         monkeypatch.setenv("AWS_ENDPOINT_URL", raw.server.endpoint)
 
@@ -216,7 +216,7 @@ def test_what_does_not_pass_is_an_error_or_a_rejection_with_its_reason(
     url = f"{raw.out}/{request.node.callspec.id.replace(' ', '-')}"
     with FaultyProxy(raw.server.endpoint, [fault]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        done = moco_scale("pack", raw.bucket, url, *SETTINGS, "--workers", "1", timeout_s=200)
+        done = moco_scale("pack", raw.bucket, url, *SETTINGS, "--workers", "1")
         monkeypatch.setenv("AWS_ENDPOINT_URL", raw.server.endpoint)
 
     if said is not None:

@@ -12,7 +12,7 @@ from shards.store import open_store
 from tests.integration.conftest import photo
 from tests.support.command import moco_scale
 
-pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("s3"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("s3"), pytest.mark.timeout(600)]
 
 
 def said(*arguments: str, code: int = 0) -> str:

@@ -148,12 +148,12 @@ def test_bytes_count_until_the_last_batch_made_of_them_is_gone(shard_set: ShardS
     stream = open_stream(shard_set, batches=15)
     kept = [next(stream) for _ in range(4)]
     deque(stream, maxlen=0)
+    stream.close()  # a thread that has just read something may not have let go of it yet
     used_by_kept = {id(one.base): one.base.nbytes for batch in kept for one in batch.data}
 
     held = stream.stats().held_bytes
     kept.clear()
     let_go = stream.stats().held_bytes
-    stream.close()
 
     assert held == sum(used_by_kept.values())
     assert let_go == 0
@@ -170,8 +170,8 @@ def test_bytes_of_a_store_that_reads_into_memory_of_its_own_are_let_go(
     for batch in stream:
         served += contents([batch])
         del batch
-    held = stream.stats().held_bytes
     stream.close()
+    held = stream.stats().held_bytes
 
     assert served == expected
     assert held == 0
@@ -402,7 +402,9 @@ def test_a_silent_store_is_reported_with_the_state_of_the_stages(
     own_shard_set: ShardSet, faulty: FaultyStore
 ) -> None:
     faulty.hold.clear()
-    stream = open_stream(own_shard_set, wait_timeout_s=0.3)
+    stream = open_stream(own_shard_set)
+    assert faulty.asked.wait(20)
+    stream._timeout_s = 0.3
 
     with pytest.raises(
         StalledError, match=r"0\.3 s.*batches ready.*blocks.*under way .the oldest for .*tar"

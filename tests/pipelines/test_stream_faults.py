@@ -65,7 +65,7 @@ def served(
     proxy: FaultyProxy,
     faults: Sequence[Fault] = (),
     *,
-    wait_timeout_s: float = 30,
+    wait_timeout_s: float = 90,
     buffer_bytes: int = 2**30,
 ) -> tuple[list[int], list[float], Any]:
     """Sample ids, sums of pixels, and statistics."""

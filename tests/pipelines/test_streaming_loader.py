@@ -534,16 +534,17 @@ def test_iterate_once_stopped_early_leaves_no_thread(shard_set: ShardSet) -> Non
 
 
 def test_iterate_once_waits_longer_than_the_store_of_its_set_tries_again(
-    own_shard_set: ShardSet,
+    own_shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.stream._CLOSE_S", 0.2)  # the store is silent for ever
     shard_set = ShardSet.open(own_shard_set.url, deadline_s=0.7)
     faulty = FaultyStore(shard_set.store)
     shard_set.store = faulty
     faulty.hold.clear()
-    threading.Timer(2, faulty.hold.set).start()
 
     with pytest.raises(StalledError, match=r"nothing for 1 s|no batch for 1 s"):
         next(once(shard_set, loader="cpu"))
+    faulty.hold.set()
 
 
 def once(

@@ -31,12 +31,24 @@ ledger = true
 """A preset small enough for tests: 16 images a step, ResNet-18 at 32 px."""
 
 
+def on_one_core() -> tuple[str, ...]:
+    """Before a command that trains: one core, so one thread.
+
+    Threads that wait for each other take ten times as long when others want the cores, too; and on
+    their number depend the bits of a sum.
+    """
+    return ("taskset", "-c", str(max(os.sched_getaffinity(0))))
+
+
 def moco_scale(
-    *arguments: str, timeout_s: float = 120, env: Mapping[str, str] | None = None
+    *arguments: str,
+    before: Sequence[str] = (),
+    timeout_s: float = 240,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run one command to its end and return what it printed."""
     return subprocess.run(
-        [*MOCO_SCALE, *arguments],
+        [*before, *MOCO_SCALE, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -46,7 +58,7 @@ def moco_scale(
 
 
 def torchrun(
-    processes: int, *arguments: str, timeout_s: float = 180
+    processes: int, *arguments: str, timeout_s: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """The same command under torchrun on this machine."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

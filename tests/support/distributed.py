@@ -1,5 +1,6 @@
 """Run a function on several real gloo ranks, and bring results and tracebacks home."""
 
+import math
 import multiprocessing
 import pickle
 import tempfile
@@ -8,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moco_scale import distributed
 
@@ -17,7 +18,7 @@ _context.set_forkserver_preload(["moco_scale.trainer"])  # importing torch takes
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: object, timeout: float = 60
+    fn: Callable[..., Any], world_size: int, *args: object, timeout: float = 180
 ) -> list[Any]:
     """`fn(ranks, *args)` on `world_size` processes; what each returned, in rank order.
 
@@ -59,16 +60,30 @@ def _collect(ends: list[Connection], *, deadline: float) -> list[Any]:
         if not ready:
             missing = sorted(set(range(len(ends))) - set(results))
             raise TimeoutError(f"ranks {missing} gave no answer in time")
-        for end in ready:
-            rank = ends.index(end)
-            try:
-                failed, value = pickle.loads(ends[rank].recv_bytes())
-            except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
-            if failed:
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            results[rank] = value
+        answers = [_answer(ends.index(end), end) for end in ready]
+        if failures := [answer for answer in answers if answer.failed]:
+            # This process may hear of all at once; those after the first have only lost it.
+            failures.sort(key=lambda answer: answer.at_s)
+            raise AssertionError("\n".join(f"rank {one.rank} {one.value}" for one in failures))
+        results.update({answer.rank: answer.value for answer in answers})
     return [results[rank] for rank in range(len(ends))]
+
+
+class _Answer(NamedTuple):
+    """What a rank has said."""
+
+    rank: int
+    failed: bool
+    at_s: float
+    """By a clock that all processes share."""
+    value: Any
+
+
+def _answer(rank: int, end: Connection) -> _Answer:
+    try:
+        return _Answer(rank, *pickle.loads(end.recv_bytes()))
+    except EOFError:
+        return _Answer(rank, failed=True, at_s=math.inf, value="died without a word")
 
 
 def _child(
@@ -94,10 +109,10 @@ def _child(
     try:
         ranks = distributed.start("cpu", timeout_s=timeout, rendezvous=meeting)
         torch.set_num_threads(1)
-        answer = (False, fn(ranks, *args))
+        answer = (False, time.monotonic(), fn(ranks, *args))
         distributed.barrier(ranks)
     except BaseException:
-        answer = (True, traceback.format_exc())
+        answer = (True, time.monotonic(), f"failed:\n{traceback.format_exc()}")
     # Before leaving the group: the others fail when one leaves, and must not be heard first.
     # As plain bytes: torch's own pickling would share memory with a process that is about to end.
     end.send_bytes(pickle.dumps(answer))

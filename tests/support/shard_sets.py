@@ -118,6 +118,8 @@ class FaultyStore:
         self.hold = threading.Event()
         """Reads wait until it is set."""
         self.hold.set()
+        self.asked = threading.Event()
+        """Set by the first read."""
         self.refuse_after: int | None = None
         """Number of reads that succeed before all others fail."""
         self.flip_first_answers = False
@@ -149,6 +151,7 @@ class FaultyStore:
         if_match: str | None = None,
         allocate: Allocate = allocated,
     ) -> Any:
+        self.asked.set()
         assert self.hold.wait(60), "a test forgot to let reads go on"
         (wanted,) = [(path, s, e) for s, e in zip(starts, ends, strict=True)]
         if self.longest_wait_s:
