@@ -130,10 +130,17 @@ class OnlineKnn:
             num_images: at most so many, spread evenly over the set.
 
         Raises:
-            EvaluationError: the labels cannot be used.
+            EvaluationError: the labels cannot be used, or are fewer than the ranks.
         """
         labelled = join_labels(shard_set, labels)
-        count = min(num_images, len(labelled.labels)) // ranks.world_size * ranks.world_size
+        most = min(num_images, len(labelled.labels))
+        count = most // ranks.world_size * ranks.world_size
+        if not count:
+            raise EvaluationError(
+                f"{labels}: {most} labelled images are fewer than the {ranks.world_size} processes "
+                "that share them; label more (run.knn_images of them are taken), or leave out "
+                "run.knn_labels"
+            )
         chosen = np.linspace(0, len(labelled.labels) - 1, count).astype(np.int64)
         self._ids, self._labels = labelled.sample_ids[chosen], labelled.labels[chosen]
         self._set = shard_set
@@ -149,7 +156,9 @@ class OnlineKnn:
         """
         mine = np.array_split(self._ids, self._ranks.world_size)[self._ranks.rank]
         device = self._ranks.device
-        rows, found = [], []
+        # Of no image: a rank whose images are all bad knows their length, too.
+        view = torch.zeros(1, 3, self._view_size, self._view_size, device=device)
+        rows, found = [pooled_features(encoder, view)[:0].float()], [mine[:0]]
         for ids, images in iterate_once(
             self._set,
             ordinals=mine,
