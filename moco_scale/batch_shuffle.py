@@ -81,6 +81,7 @@ def _take(
         rows[_index(order[leaving] - ranks.rank * count, rows.device)],
         send_counts=np.bincount(home[leaving], minlength=ranks.world_size).tolist(),
         receive_counts=np.bincount(mine[coming], minlength=ranks.world_size).tolist(),
+        ranks=ranks,
     )
     taken = torch.empty_like(rows)
     taken[_index(staying, rows.device)] = rows[

@@ -70,6 +70,12 @@ class TrainConfig:
                 f"data.global_batch_size {data.global_batch_size} is not a multiple of "
                 f"model.shuffle_domain {model.shuffle_domain}; change one of them"
             )
+        beyond = [rank for rank in self.run.torch_profile_ranks if rank >= world_size]
+        if beyond:
+            raise ConfigError(
+                f"run.torch_profile_ranks has {beyond[0]}, and the {world_size} ranks are counted "
+                "from 0"
+            )
         check_shuffle(model)
         check_world(
             world_size,

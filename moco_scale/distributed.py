@@ -9,7 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco_scale.errors import ConfigError, LostRankError
+from moco_scale.phases import COLLECTIVE, DeviceSpans
+from pipelines.spans import Spans
 
 T = TypeVar("T")
 
@@ -46,6 +48,9 @@ class Ranks:
     local_world_size: int
     device: torch.device
     """Where this rank's tensors live."""
+    spans: Spans = field(default_factory=Spans, compare=False, repr=False)
+    """Takes what this process does, while it is recording: collectives, and what step and loader
+    put there."""
 
     @property
     def device_index(self) -> int | None:
@@ -74,12 +79,14 @@ class Place:
 
 def one_rank(device: torch.device | None = None) -> Ranks:
     """A world of one process, on the CPU unless said otherwise."""
+    device = device or torch.device("cpu")
     return Ranks(
         rank=0,
         world_size=1,
         local_rank=0,
         local_world_size=1,
-        device=device or torch.device("cpu"),
+        device=device,
+        spans=_spans(device),
     )
 
 
@@ -111,6 +118,7 @@ def start(
         local_rank=place.local_rank,
         local_world_size=place.local_world_size,
         device=chosen,
+        spans=_spans(chosen),
     )
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -192,7 +200,7 @@ def all_reduce_flat(tensors: Sequence[Tensor], ranks: Ranks) -> Tensor:
         return _all_finite(tensors)
     views = [_in_memory_order(tensor) for tensor in tensors]
     flat = torch.cat(views)
-    with _others_answer():
+    with _collective("all_reduce", ranks):
         dist.all_reduce(flat)
     flat /= ranks.world_size
     torch._foreach_copy_(views, torch.split(flat, [len(view) for view in views]))
@@ -237,20 +245,20 @@ class _AllGather(torch.autograd.Function):
         gathered = rows.new_empty((ranks.world_size * rows.shape[0], *rows.shape[1:]))
         # Its name since torch 2.14, where the older one warns.
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        with _others_answer():
+        with _collective("all_gather", ranks):
             gather(gathered, rows)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         summed = gradients[0].contiguous()
-        with _others_answer():
+        with _collective("all_reduce", ctx.ranks):
             dist.all_reduce(summed)
         return summed.tensor_split(ctx.ranks.world_size)[ctx.ranks.rank], None
 
 
 def exchange_rows(
-    rows: Tensor, *, send_counts: Sequence[int], receive_counts: Sequence[int]
+    rows: Tensor, *, send_counts: Sequence[int], receive_counts: Sequence[int], ranks: Ranks
 ) -> Tensor:
     """Send rows to other ranks and get theirs (all-to-all). Needs a process group.
 
@@ -266,7 +274,7 @@ def exchange_rows(
     row_bytes = rows.shape[1:].numel() * rows.element_size()
     sent = rows.reshape(-1).view(torch.uint8)
     received = sent.new_empty(sum(receive_counts) * row_bytes)
-    with _others_answer():
+    with _collective("all_to_all", ranks):
         dist.all_to_all_single(
             received,
             sent,
@@ -281,17 +289,34 @@ def broadcast_object(value: T, ranks: Ranks) -> T:
     if ranks.world_size == 1:
         return value
     box: list[Any] = [value]
-    with _others_answer():
+    with _collective("broadcast", ranks):
         dist.broadcast_object_list(box, src=0)
     received: T = box[0]
     return received
 
 
+def gather_objects(value: T, ranks: Ranks) -> list[T]:
+    """The values of all ranks, in rank order, on every rank; for small values outside the step."""
+    if ranks.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    with _collective("all_gather", ranks):
+        dist.all_gather_object(values, value)
+    return values
+
+
 def barrier(ranks: Ranks) -> None:
     """Wait until every rank has come here."""
     if ranks.world_size > 1:
-        with _others_answer():
+        with _collective("barrier", ranks):
             dist.barrier()
+
+
+@contextlib.contextmanager
+def _collective(name: str, ranks: Ranks) -> Iterator[None]:
+    """Around a call in which ranks wait for each other."""
+    with ranks.spans.of(f"{COLLECTIVE} {name}"), _others_answer():
+        yield
 
 
 @contextlib.contextmanager
@@ -424,6 +449,10 @@ def _check_resolves(rendezvous: str) -> None:
             raise ConfigError(
                 f"the first node, {host}, has no address here ({err.strerror}); set MASTER_ADDR"
             ) from err
+
+
+def _spans(device: torch.device) -> Spans:
+    return DeviceSpans(device) if device.type == "cuda" else Spans()
 
 
 def _device(choice: str, *, index: int) -> torch.device:

@@ -19,6 +19,7 @@ from moco_scale.encoders import check_backbone
 from moco_scale.errors import CheckpointError, ConfigError
 from moco_scale.group_norm import batch_statistics, begin_statistics, commit_statistics
 from moco_scale.health import embedding_health
+from moco_scale.phases import BACKWARD, BN_SHUFFLE, ENQUEUE, FORWARD, KEY_UPDATE
 from pipelines.view_maker import normalised
 
 logger = logging.getLogger(__name__)
@@ -245,23 +246,27 @@ class MoCo(nn.Module):
         part = count // accumulation
         assert part * accumulation == count, "accumulation divides a rank's batch: see check_world"
         q, keys, figures = [], [], []
+        spans = self.ranks.spans
         for half, (of_q, of_k) in enumerate(halves):
-            k = self._keys(of_k, step=step, half=half, part=part)
+            with spans.of(FORWARD, samples=count):
+                k = self._keys(of_k, step=step, half=half, part=part)
             for start in range(0, count, part):
                 rows = slice(start, start + part)
-                queries = self._encode(self.encoder_q, of_q[rows])
-                loss, accuracy = self.dictionary.loss(
-                    queries,
-                    k,
-                    sample_ids[rows],
-                    rows=slice(
-                        self.ranks.rank * count + start, self.ranks.rank * count + start + part
-                    ),
-                    step=step,
-                    temperature=self.config.temperature,
-                )
+                with spans.of(FORWARD, samples=part):
+                    queries = self._encode(self.encoder_q, of_q[rows])
+                    loss, accuracy = self.dictionary.loss(
+                        queries,
+                        k,
+                        sample_ids[rows],
+                        rows=slice(
+                            self.ranks.rank * count + start, self.ranks.rank * count + start + part
+                        ),
+                        step=step,
+                        temperature=self.config.temperature,
+                    )
                 # The halves' losses are added, as in the published code, the parts' averaged.
-                (loss / accumulation).backward()  # type: ignore[no-untyped-call]  # torch's
+                with spans.of(BACKWARD, samples=part):
+                    (loss / accumulation).backward()  # type: ignore[no-untyped-call]  # torch's
                 figures.append(torch.stack([loss.detach(), accuracy]))
                 q.append(queries.detach())
             if k is not None:
@@ -290,8 +295,10 @@ class MoCo(nn.Module):
                 the model changes.
         """
         commit_statistics(self, is_finite=is_finite)
-        self._follow(is_finite)
-        self.dictionary.update(output.q, output.keys, output.sample_ids, is_finite=is_finite)
+        with self.ranks.spans.of(KEY_UPDATE):
+            self._follow(is_finite)
+        with self.ranks.spans.of(ENQUEUE):
+            self.dictionary.update(output.q, output.keys, output.sample_ids, is_finite=is_finite)
 
     def _follow(self, is_finite: Tensor) -> None:
         """One step of the key encoder's moving average."""
@@ -316,11 +323,13 @@ class MoCo(nn.Module):
             global_batch_size=len(views) * self.ranks.world_size,
             shuffle_domain=domain,
         )
-        shuffled = shuffle_rows(views, order, shuffle_domain=domain, ranks=self.ranks)
+        with self.ranks.spans.of(BN_SHUFFLE):
+            shuffled = shuffle_rows(views, order, shuffle_domain=domain, ranks=self.ranks)
         encoder = self.encoder_q if self.encoder_k is None else self.encoder_k
         with torch.set_grad_enabled(self.dictionary.keys_need_grad):
             encoded = [self._encode(encoder, rows) for rows in torch.split(shuffled, part)]
-            return unshuffle_keys(torch.cat(encoded), order, ranks=self.ranks)
+            with self.ranks.spans.of(BN_SHUFFLE):
+                return unshuffle_keys(torch.cat(encoded), order, ranks=self.ranks)
 
     def _encode(self, encoder: nn.Module, views: Tensor) -> Tensor:
         """N x C, unit length, in the precision of the weights whatever the encoder computes in."""

@@ -52,6 +52,7 @@ def _train(
         device_index=ranks.device_index,
         local_world_size=ranks.local_world_size,
         agree=lambda value: broadcast_object(value, ranks),
+        spans=ranks.spans,
     )
     try:
         trainer = Trainer(
@@ -62,6 +63,7 @@ def _train(
             loader=loader,
             ranks=ranks,
             progress=show,
+            say=say,
         )
         if trainer.finished:
             say(f"{config.run.url} is finished: {trainer.step:,} of {trainer.last_step:,} steps")

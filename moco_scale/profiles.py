@@ -140,10 +140,14 @@ class RankFigures:
     host: str
     step_s: float
     own_s: float
-    """Of it, outside of collectives and checkpoints: what the others would wait for."""
+    """Of it, outside of collectives, checkpoints and rows of metrics: what the others would wait
+    for."""
+    last_frac: float
+    """Part of the steps in which no rank's own seconds were more, 0-1. Of equal ranks, 1 by their
+    number."""
     phases: dict[str, float]
-    """data_wait, transfer, forward (inside it bn_shuffle), backward, all_reduce, optimizer,
-    key_update, enqueue, checkpoint, other."""
+    """Those of `phases.PHASES`. Each second counts once, so that they add up to the step: forward
+    is without its bn_shuffle, and none is with its collectives, which stand by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,12 +236,17 @@ class Profile:
     """What was not measured, and why."""
 
 
+def profile_bytes(profile: Profile) -> bytes:
+    """The file."""
+    saved = {"format": PROFILE_FORMAT, "version": VERSION, **dataclasses.asdict(profile)}
+    return (json.dumps(saved, indent=1) + "\n").encode()
+
+
 def write_profile(profile: Profile, path: Path) -> None:
     """Write it whole, or not at all."""
-    saved = {"format": PROFILE_FORMAT, "version": VERSION, **dataclasses.asdict(profile)}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.unfinished")
-    beside.write_text(json.dumps(saved, indent=1) + "\n")
+    beside.write_bytes(profile_bytes(profile))
     beside.replace(path)
 
 

@@ -53,11 +53,14 @@ from moco_scale.optim import (
     step_if,
     steps_left,
 )
+from moco_scale.phases import ALL_REDUCE, CHECKPOINT, DATA_WAIT, MEASURE, OPTIMIZER
+from moco_scale.recording import StepRecorder
 from pipelines.config import DataConfig
 from pipelines.errors import BadDataError
 from pipelines.hashing import hash_words
 from pipelines.loader import Batch, Loader
 from pipelines.quarantine import ALLOWED_BAD
+from pipelines.spans import TRANSFER
 from shards import ShardSet
 from shards.errors import UserError
 from shards.store import open_store
@@ -67,6 +70,8 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """They save and stop a run."""
 
+_MOST_PROFILED = 1000
+"""Steps that are profiled: every span of them is kept in memory, and in the trace."""
 _DRAWS = 0xA0
 """So that these numbers differ from others drawn from the same seed."""
 
@@ -116,6 +121,16 @@ class RunConfig:
     collective_timeout_s: float = 600.0
     """Longest wait for the other processes, in seconds; one that holds the others up for longer,
     be it for its data, is taken for lost, and all end with exit code 75 to be started again."""
+    profile_steps: str = ""
+    """Steps to be profiled, as first:last, both included: figures of all ranks and a trace of each
+    are written under profile/ in the run. Empty: none."""
+    torch_profile_ranks: tuple[int, ...] = ()
+    """Ranks that run torch.profiler over the same steps, too. It slows them."""
+
+    @property
+    def profiled(self) -> range:
+        """The numbers of the steps to be profiled."""
+        return _range_of(self.profile_steps)
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "knn_images"):
@@ -123,6 +138,34 @@ class RunConfig:
                 raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
         if self.max_steps < 0:
             raise ValueError(f"run.max_steps must be at least 0, not {self.max_steps}")
+        if not self.profiled and self.torch_profile_ranks:
+            raise ValueError("run.torch_profile_ranks needs the steps: give run.profile_steps")
+        if any(rank < 0 for rank in self.torch_profile_ranks):
+            raise ValueError(
+                f"run.torch_profile_ranks are counted from 0, not {min(self.torch_profile_ranks)}"
+            )
+
+
+def _range_of(steps: str) -> range:
+    """Of `first:last`, both included.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not steps:
+        return range(0)
+    first, colon, last = steps.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(
+            f"run.profile_steps is first:last, such as 101:150, counted from 1, not {steps!r}"
+        )
+    found = range(int(first), int(last) + 1)
+    if len(found) > _MOST_PROFILED:
+        raise ValueError(
+            f"run.profile_steps {steps} are {len(found):,} steps; at most {_MOST_PROFILED:,} are "
+            "kept in memory and in a trace"
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +196,7 @@ class Trainer:
         loader: Loader,
         ranks: Ranks,
         progress: Callable[[StepMetrics], None] | None = None,
+        say: Callable[[str], None] | None = None,
         encoder: nn.Module | None = None,
     ) -> None:
         """Build the model, and go back to the checkpoint that run.resume asks for.
@@ -160,8 +204,10 @@ class Trainer:
         Args:
             data, model, optim, run: the run's settings; they must have been validated together.
             loader: yields this rank's part of each global batch; nobody has taken from it yet.
-            ranks: from `distributed.start`.
+            ranks: from `distributed.start`. Where run.profile_steps shall show the loader's
+                threads, too, it was opened with the same `ranks.spans`.
             progress: is shown every row of metrics, on rank 0.
+            say: is told what a profile has found, on rank 0.
             encoder: instead of the one that `model` describes; N x 3 x S x S to N x dim.
 
         Raises:
@@ -211,6 +257,15 @@ class Trainer:
         self._save_due = False
         self._skipped = self._skipped_in_a_row = 0
         self._sums = _Sums(ranks.device)
+        self._recorder = StepRecorder(
+            run.profiled,
+            torch_ranks=run.torch_profile_ranks,
+            loader=loader,
+            ranks=ranks,
+            store=self.store,
+            settings=self.config,
+            say=say or _silence,
+        )
         self._resume()
 
     @property
@@ -275,7 +330,12 @@ class Trainer:
         )
         self._writer = CheckpointWriter(self.store, keep=self.run_config.keep_checkpoints)
         self._board = open_board(self.run_config.tensorboard if self.ranks.speaks else "")
-        with self._stop.listening(), self._log_written(), contextlib.closing(self._writer):
+        with (
+            self._stop.listening(),
+            self._log_written(),
+            contextlib.closing(self._writer),
+            contextlib.closing(self._recorder),
+        ):
             self._sums.reset()
             yield
 
@@ -285,6 +345,13 @@ class Trainer:
         Returns:
             Whether any rank was told by a signal to stop; then it has been saved.
         """
+        self._recorder.begin(self.step + 1)
+        preempted = self._advance()
+        self._recorder.end(self.step, is_last=preempted or self.finished)
+        return preempted
+
+    def _advance(self) -> bool:
+        """See `advance`."""
         self._train_step()
         self._save_due = self._save_due or self._due(self.run_config.checkpoint_every)
         preempted = self._hear(of_all=self._save_due)
@@ -292,9 +359,11 @@ class Trainer:
         # will not be.
         saving = preempted or self.finished or (self._save_due and not self._skipped_in_a_row)
         if saving or self._due(self.run_config.log_every):
-            self._measure(scoring=saving and not preempted)
+            with self.ranks.spans.of(MEASURE):
+                self._measure(scoring=saving and not preempted)
         if saving:
-            self._save()
+            with self.ranks.spans.of(CHECKPOINT):
+                self._save()
         return preempted
 
     def state_dict(self) -> Checkpoint:
@@ -335,18 +404,22 @@ class Trainer:
         """One update."""
         lr = lr_at(self.position, self.optim_config)
         waited = time.perf_counter()
-        batch = next(self.loader)
+        with self.ranks.spans.of(DATA_WAIT):
+            batch = next(self.loader)
         self._sums.wait_s += time.perf_counter() - waited
         self._log.consumed(self.step + 1, batch)
 
         # What dropout draws is a function of the step and the rank, in a resumed run, too.
         drawn = hash_words(self.run_config.seed, _DRAWS, self.step, self.ranks.rank)
         torch.manual_seed(int(drawn[0] >> 1))
-        set_lr(self.optimizer, lr)
-        self.optimizer.zero_grad()
+        with self.ranks.spans.of(OPTIMIZER):
+            set_lr(self.optimizer, lr)
+            self.optimizer.zero_grad()
         output = self._backward(batch)
-        agreed, is_finite = self._average(num_replaced=batch.num_replaced)
-        step_if(is_finite, self.optimizer)
+        with self.ranks.spans.of(ALL_REDUCE):
+            agreed, is_finite = self._average(num_replaced=batch.num_replaced)
+        with self.ranks.spans.of(OPTIMIZER):
+            step_if(is_finite, self.optimizer)
         self.model.update(output, is_finite=is_finite)
 
         self.step += 1
@@ -357,10 +430,14 @@ class Trainer:
 
     def _backward(self, batch: Batch) -> StepOutput:
         layout = torch.channels_last if self.run_config.channels_last else torch.contiguous_format
-        device = self.ranks.device
+        with self.ranks.spans.of(TRANSFER):
+            view_q, view_k = (
+                view.to(self.ranks.device, non_blocking=True).contiguous(memory_format=layout)
+                for view in (batch.view_q, batch.view_k)
+            )
         return self.model.backward(
-            batch.view_q.to(device, non_blocking=True).contiguous(memory_format=layout),
-            batch.view_k.to(device, non_blocking=True).contiguous(memory_format=layout),
+            view_q,
+            view_k,
             sample_ids=batch.sample_ids,
             step=self.step,
             accumulation=self.optim_config.accumulation,
@@ -570,6 +647,10 @@ class Trainer:
             except UserError as err:
                 logger.warning("the last metrics could not be written: %s", err)
             raise
+
+
+def _silence(_: str) -> None:
+    """For who does not listen."""
 
 
 def _most_memory(device: torch.device) -> int:

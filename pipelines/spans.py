@@ -67,6 +67,10 @@ class Spans:
             return _NOTHING
         return _Open(self._kept, name, samples, size_bytes)
 
+    def keep(self, span: Span) -> None:
+        """Keep one whose times were found otherwise, recording or not."""
+        self._kept.append(span)
+
     def take(self) -> list[Span]:
         """What was kept since the last call, in the order of its ends."""
         taken = []

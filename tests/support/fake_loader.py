@@ -9,7 +9,7 @@ import torch
 from moco_scale.distributed import Ranks
 from pipelines.loader import Batch
 from pipelines.quarantine import BadSample
-from pipelines.stats import LoaderStats
+from pipelines.stats import LoaderStats, StreamStats
 
 
 def bad_sample(position: int) -> BadSample:
@@ -85,7 +85,10 @@ class FakeLoader:
         self.taken = state["taken"]
 
     def stats(self) -> LoaderStats:
-        raise NotImplementedError
+        samples = self.taken * self._batch // self._ranks.world_size
+        return LoaderStats(
+            samples=samples, replaced=0, batch_wait_s=0.0, stages=(), stream=StreamStats.none()
+        )
 
     def close(self) -> None:
         self.closed = True
