@@ -49,6 +49,7 @@ training
                              torchrun --nproc-per-node 8 -m moco_scale pretrain ...
   evaluate RUN --labels CSV  kNN beside pixels and a random encoder
   report RUN                 one self-contained HTML page about a run
+  profile --data SHARD_SET   which stage is the limit, and which flag to change
   forecast --images N --gpus G ...
                              what a run on a cluster needs, and what runs out first
 
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain": _pretrain,
         "evaluate": _evaluate,
         "report": _report,
+        "profile": _profile,
         "forecast": cli_forecast.run_forecast,
     }
     if not given or given[0] in ("-h", "--help", "help"):
@@ -153,6 +155,12 @@ def _print_step(metrics: "StepMetrics") -> None:
 
 def _say(line: str) -> None:
     console.print(line)
+
+
+def _profile(arguments: list[str]) -> int:
+    from moco_scale.cli_profile import run_profile  # loads torch and matplotlib
+
+    return run_profile(arguments)
 
 
 def _evaluate(arguments: list[str]) -> int:

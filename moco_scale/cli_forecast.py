@@ -26,6 +26,7 @@ from moco_scale.forecast import (
     Scale,
     forecast,
 )
+from moco_scale.profiles import PROFILE_FORMAT, read_profile
 from moco_scale.settings import from_mapping, parse_flags
 from shards.bill import Prices, money
 
@@ -46,7 +47,7 @@ class _ForecastArguments:
 
     run: tyro.conf.OmitArgPrefixes[Run]
     rates_file: Annotated[Path | None, tyro.conf.arg(name="rates", metavar="FILE")] = None
-    """Measured rates as JSON; flags override them."""
+    """Measured rates: the JSON of moco-scale profile, or of your own; flags override them."""
     rates: tyro.conf.OmitArgPrefixes[Rates] = field(default_factory=Rates)
     cluster: tyro.conf.OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
@@ -76,7 +77,8 @@ def run_forecast(arguments: list[str]) -> int:
 
 
 def read_rates(path: Path) -> Rates:
-    """Measured rates out of a file: {"format": "moco-scale rates", "version": 1, "rates": {...}}.
+    """Measured rates out of a profile, or of a file of their own: {"format": "moco-scale rates",
+    "version": 1, "rates": {...}}.
 
     "rates" holds fields of `Rates`, as numbers; what was not measured is left out or null. "about",
     free text or any table (hardware, date, command), is for people.
@@ -90,8 +92,13 @@ def read_rates(path: Path) -> Rates:
         raise ConfigError(f"no file of rates at {path}") from err
     except (OSError, ValueError) as err:
         raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
+    if isinstance(saved, dict) and saved.get("format") == PROFILE_FORMAT:
+        return from_mapping(Rates, read_profile(path).rates, path="rates.")
     if not isinstance(saved, dict) or saved.get("format") != RATES_FORMAT:
-        raise ConfigError(f'{path} is not a file of rates: its "format" is not "{RATES_FORMAT}"')
+        raise ConfigError(
+            f'{path} is neither a profile nor a file of rates: its "format" is not '
+            f'"{PROFILE_FORMAT}" or "{RATES_FORMAT}"'
+        )
     version = saved.get("version")
     if version != VERSION or isinstance(version, bool):
         raise ConfigError(

@@ -92,6 +92,16 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
         UsageError: an unknown flag, or a value that a flag cannot take.
         ConfigError: a preset that does not exist or holds an unknown key or a wrong value.
     """
+    default, rest = split_presets(arguments)
+    return parse_flags(TrainConfig, rest, prog="moco-scale pretrain", default=default)
+
+
+def split_presets(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """What the presets among the arguments say, and the flags that are left, in their long form.
+
+    Raises:
+        UsageError, ConfigError: as `load_config`.
+    """
     presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     presets.add_argument("--preset", action="append", default=[])
     try:
@@ -101,10 +111,7 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
     merged: dict[str, Any] = {}
     for name in found.preset:
         _merge(merged, read_preset(name))
-    default = from_mapping(TrainConfig, merged)
-    return parse_flags(
-        TrainConfig, [_long_form(a) for a in rest], prog="moco-scale pretrain", default=default
-    )
+    return from_mapping(TrainConfig, merged), [_long_form(a) for a in rest]
 
 
 def read_run_config(run_url: str) -> TrainConfig:

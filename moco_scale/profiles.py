@@ -5,11 +5,17 @@ docstrings are the schema. Written by `moco-scale profile` and by `pretrain` wit
 read by `moco-scale profile --compare` and `moco-scale forecast --rates`.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import json
+import os
+import platform
+import socket
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,13 @@ import numpy as np
 from moco_scale.errors import ConfigError
 from moco_scale.settings import from_mapping
 from pipelines.spans import Span
+from shards.errors import NotFoundError
+from shards.store import open_store
 
+_PACKAGES = (
+    "moco-scale", "torch", "torchvision", "numpy", "obstore", "opencv-python-headless",
+    "simplejpeg", "nvidia-dali-cuda120", "nvidia-dali-cuda130",
+)  # fmt: skip
 PROFILE_FORMAT, VERSION = "moco-scale profile", 1
 
 STORE, CHECK, HAND_OVER = "store", "check", "hand-over"
@@ -35,6 +47,10 @@ STAGES = {
 """In the order that a sample goes through them."""
 
 
+HISTOGRAM_EDGES_S = tuple((10 ** (np.arange(17) / 2 - 6)).tolist())
+"""Half decades, from 1 us to 100 s."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantiles:
     """Of a number of durations, in seconds."""
@@ -44,6 +60,8 @@ class Quantiles:
     p50_s: float
     p90_s: float
     p99_s: float
+    histogram: tuple[int, ...] = ()
+    """How many in each half decade from 1 us to 100 s; what is beyond is in the first or last."""
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Quantiles | None":
@@ -51,8 +69,15 @@ class Quantiles:
         if not len(seconds):
             return None
         p50, p90, p99 = np.quantile(seconds, [0.5, 0.9, 0.99]).tolist()
+        edges = HISTOGRAM_EDGES_S
+        counts, _ = np.histogram(np.clip(seconds, edges[0], edges[-1]), bins=edges)
         return cls(
-            count=len(seconds), mean_s=float(np.mean(seconds)), p50_s=p50, p90_s=p90, p99_s=p99
+            count=len(seconds),
+            mean_s=float(np.mean(seconds)),
+            p50_s=p50,
+            p90_s=p90,
+            p99_s=p99,
+            histogram=tuple(counts.tolist()),
         )
 
 
@@ -157,6 +182,8 @@ class Run:
     steps: int
     samples_per_s: float
     """Over all ranks."""
+    cpu_s_per_1000: float
+    """CPU-seconds of rank 0's process for 1,000 of its samples."""
     step: Quantiles
     stages: tuple[InRun, ...]
     """Of rank 0."""
@@ -236,6 +263,22 @@ class Profile:
     """What was not measured, and why."""
 
 
+def about(command: str, *, accelerator: str | None) -> dict[str, str]:
+    """The head of a profile: when, what, where, with which versions."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "host": socket.gethostname(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {accelerator or 'no GPU'}",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
 def profile_bytes(profile: Profile) -> bytes:
     """The file."""
     saved = {"format": PROFILE_FORMAT, "version": VERSION, **dataclasses.asdict(profile)}
@@ -250,14 +293,21 @@ def write_profile(profile: Profile, path: Path) -> None:
     beside.replace(path)
 
 
-def read_profile(path: Path) -> Profile:
+def read_profile(path: Path | str) -> Profile:
     """
+    Args:
+        path: of the file, or its URL.
+
     Raises:
         ConfigError: there is none, it is of another format or version, or has an unknown key.
     """
+    folder, _, name = str(path).rpartition("/")
     try:
-        saved = json.loads(path.read_text())
-    except FileNotFoundError as err:
+        is_url = "://" in folder
+        saved = json.loads(
+            bytes(open_store(folder).read(name)) if is_url else Path(path).read_bytes()
+        )
+    except (FileNotFoundError, NotFoundError) as err:
         raise ConfigError(f"no profile at {path}") from err
     except (OSError, ValueError) as err:
         raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
@@ -305,6 +355,8 @@ def in_run(spans: Sequence[Span], *, start_s: float, end_s: float) -> tuple[InRu
 
     found = []
     for stage, names in _PARTS.items():
+        if stage == DECODE and not by_name.get("decode"):
+            names = ("make",)  # DALI does not tell decoding from augmenting
         work = [one for name in names for one in by_name.get(name, ())]
         if not work:
             continue

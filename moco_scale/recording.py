@@ -1,18 +1,15 @@
 """Some steps of a run recorded as it goes: a trace of each rank, and one profile of all of them."""
 
 import contextlib
-import datetime
 import gzip
 import logging
 import os
-import platform
 import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,11 @@ import torch
 
 from moco_scale.distributed import Ranks, broadcast_object, gather_objects
 from moco_scale.phases import DATA_WAIT, STEP, DeviceSpans, seconds_by_phase
-from moco_scale.profiles import Profile, Quantiles, Run, in_run, profile_bytes
+from moco_scale.profiles import Profile, Quantiles, Run, about, in_run, profile_bytes
 from moco_scale.sampler import Sampler
 from moco_scale.stragglers import RankSeconds, figures_of, find_straggler
 from moco_scale.trace import trace_bytes
+from moco_scale.verdict import model_of, verdict_of
 from pipelines.loader import Loader
 from pipelines.spans import VIEWS, Span
 from shards.errors import StoreError
@@ -68,7 +66,7 @@ class StepRecorder:
         self._store = store
         self._settings = settings
         self._say = say
-        self._recording: _Recording | None = None
+        self._recording: Recording | None = None
         self._step = contextlib.ExitStack()
 
     def begin(self, step: int) -> None:
@@ -76,7 +74,7 @@ class StepRecorder:
         if step not in self._window:
             return
         if self._recording is None:
-            self._recording = _Recording(
+            self._recording = Recording(
                 self._ranks,
                 self._loader,
                 first_step=step,
@@ -103,17 +101,16 @@ class StepRecorder:
             self._recording.abandon()
             self._recording = None
 
-    def _write(self, recording: "_Recording", *, last_step: int) -> None:
-        host, ranks = socket.gethostname(), self._ranks
-        told = RankSeconds.of(host, recording.steps)
-        of_all = gather_objects(told, ranks)
+    def _write(self, recording: "Recording", *, last_step: int) -> None:
+        ranks = self._ranks
+        run = recording.run(global_batch_size=self._settings["data"]["global_batch_size"])
         name = f"{FOLDER}/rank-{ranks.rank:05}"
         files = {
             f"{name}.trace.json.gz": trace_bytes(
                 recording.spans,
                 recording.sampler.moments,
                 rank=ranks.rank,
-                host=host,
+                host=socket.gethostname(),
                 first_thread=recording.thread,
                 zero_s=recording.zero_s,
                 sampled_from_s=recording.sampler.began_s,
@@ -123,7 +120,7 @@ class StepRecorder:
             files[f"{name}.torch.json.gz"] = recording.torch_trace
         lines: list[str] = []
         if ranks.speaks:
-            profile = self._profile(recording, of_all)
+            profile = self._profile(run)
             files[f"{FOLDER}/profile.json"] = profile_bytes(profile)
             lines = _in_words(profile, steps=range(recording.first_step, last_step + 1))
         try:
@@ -135,36 +132,24 @@ class StepRecorder:
         for line in lines:
             self._say(line.format(folder=self._store.uri(FOLDER)))
 
-    def _profile(self, recording: "_Recording", told: Sequence[RankSeconds]) -> Profile:
-        data, ranks = self._settings["data"], self._ranks
-        size = data["global_batch_size"] // ranks.world_size
-        seconds = [sum(step.values()) for step in recording.steps]
-        run = Run(
-            steps=len(seconds),
-            samples_per_s=len(seconds)
-            * data["global_batch_size"]
-            / (recording.end_s - recording.start_s),
-            step=Quantiles.of(seconds) or _NO_TIME,
-            stages=in_run(
-                _of_stages(recording.spans, recording.thread, batch_size=size),
-                start_s=recording.start_s,
-                end_s=recording.end_s,
-            ),
-            ranks=figures_of(told),
-            moments=tuple(recording.sampler.moments),
-        )
+    def _profile(self, run: Run) -> Profile:
+        ranks, cores = self._ranks, cores_of(self._ranks)
         return Profile(
-            about=_about(ranks),
+            about=about(" ".join(sys.argv), accelerator=accelerator_of(ranks)),
             settings=self._settings,
             world_size=ranks.world_size,
-            batch_size=size,
-            cores=_cores(ranks),
+            batch_size=self._settings["data"]["global_batch_size"] // ranks.world_size,
+            cores=cores,
             runs=(run,),
+            verdict=verdict_of([run], [model_of(run, cores=cores)]),
         )
 
 
-class _Recording:
-    """A window that has begun, on one rank."""
+class Recording:
+    """Steps that are being recorded, on one rank; all ranks begin and stop at the same steps.
+
+    Each is to be inside of a span STEP.
+    """
 
     def __init__(self, ranks: Ranks, loader: Loader, *, first_step: int, uses_torch: bool) -> None:
         self.first_step = first_step
@@ -178,7 +163,7 @@ class _Recording:
         # The moment that is 0 in all traces, by the clock that hosts share.
         zero = broadcast_object(time.time(), ranks)
         self.zero_s = time.perf_counter() - (time.time() - zero)
-        self.sampler = Sampler(loader, cores=_cores(ranks), device=ranks.device)
+        self.sampler = Sampler(loader, cores=cores_of(ranks), device=ranks.device)
         self._torch = _torch_profiler(ranks.device) if uses_torch else None
         if self._torch is not None:
             self._torch.start()
@@ -189,6 +174,7 @@ class _Recording:
         ranks.spans.take()
         ranks.spans.recording = True
         self.start_s = time.perf_counter()
+        self.cpu_s = time.process_time()
 
     def abandon(self) -> None:
         """Stop, without asking the device: what it is busy with may be waiting for a lost rank."""
@@ -202,6 +188,7 @@ class _Recording:
         if self._end_on_device is not None:
             self._end_on_device()
         self.end_s = time.perf_counter()
+        self.cpu_s = time.process_time() - self.cpu_s
         self.sampler.__exit__(None, None, None)
         self.spans = spans.take()
         timed = spans.thread if isinstance(spans, DeviceSpans) else self.thread
@@ -209,6 +196,25 @@ class _Recording:
         if self._torch is not None:
             self._torch.stop()
             self.torch_trace = _exported(self._torch)
+
+    def run(self, *, global_batch_size: int) -> Run:
+        """What was recorded, with the figures of all ranks, which all call this after `stop`."""
+        told = RankSeconds.of(socket.gethostname(), self.steps)
+        size = global_batch_size // self._ranks.world_size
+        seconds = [sum(step.values()) for step in self.steps]
+        return Run(
+            steps=len(seconds),
+            samples_per_s=len(seconds) * global_batch_size / (self.end_s - self.start_s),
+            cpu_s_per_1000=1000 * self.cpu_s / (len(seconds) * size),
+            step=Quantiles.of(seconds) or _NO_TIME,
+            stages=in_run(
+                _of_stages(self.spans, self.thread, batch_size=size),
+                start_s=self.start_s,
+                end_s=self.end_s,
+            ),
+            ranks=figures_of(gather_objects(told, self._ranks)),
+            moments=tuple(self.sampler.moments),
+        )
 
 
 def _of_stages(spans: Iterable[Span], thread: str, *, batch_size: int) -> list[Span]:
@@ -260,23 +266,14 @@ def _exported(profiler: "torch.profiler.profile") -> bytes:
         return gzip.compress(path.read_bytes(), compresslevel=3, mtime=0)
 
 
-def _cores(ranks: Ranks) -> int:
+def cores_of(ranks: Ranks) -> int:
     """That this process may use: its part of the host's."""
     return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
 
 
-def _about(ranks: Ranks) -> dict[str, str]:
-    device = "no GPU"
-    if ranks.device.type == "cuda":
-        device = torch.cuda.get_device_name(ranks.device)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "host": socket.gethostname(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {device}",
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("moco-scale", "torch")},
-    }
+def accelerator_of(ranks: Ranks) -> str | None:
+    """Its name; None where a rank computes on the CPU."""
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
 
 
 _NO_TIME = Quantiles(count=0, mean_s=0.0, p50_s=0.0, p90_s=0.0, p99_s=0.0)

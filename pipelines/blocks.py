@@ -199,11 +199,19 @@ class BlockReader:
         Raises:
             StoreError: the store failed for good, or the shard was replaced; never a bad sample.
         """
-        source, shard, first, stop = held.source, held.shard, held.first, held.stop
+        return self.checked(held, self.load(held))
+
+    def load(self, held: Held) -> Bytes:
+        """The bytes of samples, as they came; let go when the last view of them is gone.
+
+        Raises:
+            StoreError: the store failed for good, or the shard was replaced.
+        """
+        source, shard = held.source, held.shard
         start, size = held.start, held.size
         slab = self._slabs.take(size, most_bytes=self._room_for_slabs())
         try:
-            with self._spans.of(READ, samples=stop - first, size_bytes=size):
+            with self._spans.of(READ, samples=held.stop - held.first, size_bytes=size):
                 found = self._fetch(source, shard, start, start + size, lambda _: slab.data[:size])
         except BaseException:
             self._let_go_of(slab, size, held.is_block)
@@ -215,11 +223,14 @@ class BlockReader:
         # The views of the samples hold `buffer`, and that holds the slab. (A slice of the slab
         # itself would not do: numpy lets views of a view hold the first owner alone.)
         weakref.finalize(buffer, self._let_go_of, slab, size, held.is_block).atexit = False
-        with self._spans.of(CHECK, samples=stop - first, size_bytes=size):
+        return buffer
+
+    def checked(self, held: Held, buffer: Bytes) -> Block:
+        """The samples in what was loaded, and what is wrong with them."""
+        with self._spans.of(CHECK, samples=held.stop - held.first, size_bytes=held.size):
             return self._checked(held, buffer)
 
     def _checked(self, held: Held, buffer: Bytes) -> Block:
-        """The samples in `buffer`, and what is wrong with them."""
         source, shard, first, stop = held.source, held.shard, held.first, held.stop
         index, start = held.index, held.start
         one = self._sources[source]

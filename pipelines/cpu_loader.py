@@ -1,6 +1,6 @@
 """Encoded batches through turbo, Pillow, torch and OpenCV: threads, a sample at a time."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.cpu_views import decode, draw_view, use_one_thread, write_view
+from pipelines.cpu_views import Pixels, decode, draw_view, use_one_thread, write_view
 from pipelines.errors import PipelineError
 from pipelines.sound import sound_image
 from pipelines.spans import AUGMENT, DECODE, MAKE, TRANSFER, Spans
@@ -42,7 +42,7 @@ class CpuViews:
         self._view_dtype = view_dtype
         self._num_threads = num_threads
         self._device = torch.device("cpu" if device_index is None else f"cuda:{device_index}")
-        self._to_device = to_device or (lambda view: view.to(self._device, non_blocking=True))
+        self.to_device = to_device or (lambda view: view.to(self._device, non_blocking=True))
         use_one_thread()
 
     def make(
@@ -65,7 +65,7 @@ class CpuViews:
         Raises:
             PipelineError: a sound image cannot be decoded either.
         """
-        views = [self._empty(len(batch)) for _ in range(self._num_views)]
+        views = [self.empty(len(batch)) for _ in range(self._num_views)]
         faults = self._fill(views, batch, range(len(batch)), pool)
         while faults:
             for place in faults:
@@ -82,9 +82,9 @@ class CpuViews:
                 faults = {}
             batch = repaired
         with self._spans.of(TRANSFER, samples=len(batch), size_bytes=sum(v.nbytes for v in views)):
-            return batch, tuple(self._to_device(view.permute(0, 3, 1, 2)) for view in views)
+            return batch, tuple(self.to_device(view.permute(0, 3, 1, 2)) for view in views)
 
-    def _empty(self, count: int) -> Tensor:
+    def empty(self, count: int) -> Tensor:
         """N x S x S x 3, not filled."""
         shape = (count, self._view_size, self._view_size, 3)
         if self._device.type == "cuda":  # page-locked, so that copying it waits for nothing
@@ -92,28 +92,24 @@ class CpuViews:
         # Not torch.empty: NumPy asks for huge pages, which are there in a fifth of the time.
         return torch.from_numpy(np.empty(shape, dtype=self._view_dtype))
 
-    def _fill(
-        self,
-        views: list[Tensor],
-        batch: EncodedBatch,
-        places: Iterable[int],
-        pool: ThreadPoolExecutor,
-    ) -> dict[int, str]:
-        """Put the views of the samples at `places` there; the reason of each that is bad."""
+    def decode(self, batch: EncodedBatch, place: int) -> Pixels:
+        """One image of a batch, upright.
+
+        Raises:
+            ValueError: it cannot be decoded.
+        """
+        data = batch.data[place]
+        width, height = batch.sizes[place].tolist()
+        with self._spans.of(DECODE, samples=1, size_bytes=len(data)):
+            return decode(data, size=(width, height), orientation=int(batch.orientations[place]))
+
+    def augmenter(self, views: list[Tensor], batch: EncodedBatch) -> Callable[[Pixels, int], None]:
+        """What draws the views of a batch's image, given its place, into `views`."""
         params = self._draw(batch.positions, batch.sizes)
         affine = [affine_colour(one) if self._colour == "fast" else None for one in params]
         out = [view.numpy() for view in views]
 
-        def fill(place: int) -> str | None:
-            width, height = batch.sizes[place].tolist()
-            data = batch.data[place]
-            try:
-                with self._spans.of(DECODE, samples=1, size_bytes=len(data)):
-                    image = decode(
-                        data, size=(width, height), orientation=int(batch.orientations[place])
-                    )
-            except ValueError as err:
-                return str(err)
+        def augment(image: Pixels, place: int) -> None:
             with self._spans.of(AUGMENT, samples=1):
                 for one, matrices, written in zip(params, affine, out, strict=True):
                     view = draw_view(
@@ -125,6 +121,25 @@ class CpuViews:
                         affine=matrices,
                     )
                     write_view(view, written[place])
+
+        return augment
+
+    def _fill(
+        self,
+        views: list[Tensor],
+        batch: EncodedBatch,
+        places: Iterable[int],
+        pool: ThreadPoolExecutor,
+    ) -> dict[int, str]:
+        """Put the views of the samples at `places` there; the reason of each that is bad."""
+        augment = self.augmenter(views, batch)
+
+        def fill(place: int) -> str | None:
+            try:
+                image = self.decode(batch, place)
+            except ValueError as err:
+                return str(err)
+            augment(image, place)
             return None
 
         wanted = list(places)

@@ -90,6 +90,8 @@ def _graph(
         jpeg_fancy_upsampling=True,
         hw_decoder_load=hw_decoder_load,
     )
+    if not num_views:
+        return image.shape()  # to see how long decoding alone takes
     views = []
     for view in range(num_views):
         given = {

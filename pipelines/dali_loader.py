@@ -43,6 +43,7 @@ class DaliViews:
         self._spans = spans or Spans()
         self._colour = colour
         self._device_index = device_index
+        self._num_views = num_views
         self._graph = build_graph(
             batch_size=batch_size,
             num_views=num_views,
@@ -168,7 +169,7 @@ class DaliViews:
                 outputs = self._graph.outputs(cuda_stream=stream)
         except RuntimeError as err:
             return err
-        return tuple(_to_torch(output) for output in outputs)
+        return tuple(_to_torch(output) for output in outputs) if self._num_views else ()
 
 
 def _as_list(encoded: list[TensorCPU]) -> Any:

@@ -23,7 +23,7 @@ from pipelines.stats import LoaderStats, StageStats, StreamStats
 from pipelines.stream import EncodedBatch, Need, Source, Stream
 from pipelines.synthetic import HeadspaceLoader, SyntheticLoader
 from pipelines.view_maker import ToDevice, ViewMaker, Views, open_view_maker
-from pipelines.views import ViewParams, evaluation_views, pair_of_views
+from pipelines.views import Draw, ViewParams, evaluation_views, pair_of_views
 from shards import ShardSet
 from shards.errors import ShardError
 
@@ -78,26 +78,14 @@ def open_loader(
         raise OrderError("no shard set: data.shards is empty")
     if agree is None and world_size == 1:
         agree = _same
-    shard_sets = _open_alike(config.shards, agree, deadline_s=_STORE_PART * config.wait_timeout_s)
-    mixture = Mixture(
-        shard_sets,
-        weights=config.weights,
-        seed=seed,
-        lanes=config.lanes_per_slot * config.global_batch_size,
-        block=config.block_samples,
-        follow=agree is not None,
-    )
-    maker = open_view_maker(
+    mixture = open_mixture(config, seed=seed, agree=agree, follow=agree is not None)
+    maker = open_training_maker(
+        config,
         pair_of_views(config, seed=seed),
-        loader=config.loader,
         batch_size=stop - start,
         num_views=2,
-        view_size=config.view_size,
-        colour=config.colour,
-        view_dtype=config.view_dtype,
-        num_threads=config.num_threads or _threads_of_a_rank(local_world_size or world_size),
+        num_threads=config.num_threads or threads_of_a_rank(local_world_size or world_size),
         device_index=device_index,
-        hw_decoder_load=config.hw_decoder_load,
         spans=spans,
         to_device=to_device,
     )
@@ -114,6 +102,92 @@ def open_loader(
     if config.mode == "headspace":
         return HeadspaceLoader(loader, global_batch_size=config.global_batch_size)
     return loader
+
+
+def open_mixture(
+    config: DataConfig, *, seed: int, agree: Callable[[Any], Any] | None, follow: bool
+) -> Mixture:
+    """The shard sets of the settings, and which of their samples stands where.
+
+    Args:
+        follow: whether each epoch's versions are going to be decided on (`Mixture.decide`).
+    """
+    return Mixture(
+        _open_alike(config.shards, agree, deadline_s=_STORE_PART * config.wait_timeout_s),
+        weights=config.weights,
+        seed=seed,
+        lanes=config.lanes_per_slot * config.global_batch_size,
+        block=config.block_samples,
+        follow=follow,
+    )
+
+
+def open_training_maker(
+    config: DataConfig,
+    draw: Draw,
+    *,
+    batch_size: int,
+    num_views: int,
+    num_threads: int,
+    device_index: int | None,
+    spans: Spans | None,
+    to_device: ToDevice | None,
+) -> ViewMaker:
+    """What makes views as the settings want them."""
+    return open_view_maker(
+        draw,
+        loader=config.loader,
+        batch_size=batch_size,
+        num_views=num_views,
+        view_size=config.view_size,
+        colour=config.colour,
+        view_dtype=config.view_dtype,
+        num_threads=num_threads,
+        device_index=device_index,
+        hw_decoder_load=config.hw_decoder_load,
+        spans=spans,
+        to_device=to_device,
+    )
+
+
+def open_stream(
+    mixture: Mixture,
+    place: Place,
+    *,
+    config: DataConfig,
+    seed: int,
+    rank: int,
+    world_size: int,
+    quarantine: Quarantine,
+    spans: Spans | None,
+) -> Stream:
+    """This rank's part of every global batch from a place on, encoded; it is being read already."""
+    return Stream(
+        mixture.sources,
+        needs(mixture, place, config=config, rank=rank, world_size=world_size),
+        num_lanes=mixture.lanes // world_size,
+        block=config.block_samples,
+        seed=seed,
+        prefetch_batches=config.prefetch_batches,
+        buffer_bytes=config.buffer_bytes,
+        max_pixels=config.max_pixels,
+        wait_timeout_s=config.wait_timeout_s,
+        quarantine=quarantine,
+        on_bad="replace",
+        read_threads=config.read_threads,
+        spans=spans,
+    )
+
+
+def needs(
+    mixture: Mixture, place: Place, *, config: DataConfig, rank: int, world_size: int
+) -> Iterator[Need]:
+    """This rank's part of every global batch from a place on, epoch after epoch."""
+    size = config.global_batch_size
+    start, stop = rank_positions(0, global_batch_size=size, rank=rank, world_size=world_size)
+    while True:
+        yield mixture.need(place, start, stop)
+        place = mixture.after(place, size, timeout_s=config.wait_timeout_s)
 
 
 def _same(value: T) -> T:
@@ -202,7 +276,16 @@ class StreamingLoader:
         began = time.perf_counter()
         self._decide_versions()
         if self._stream is None or self._ahead is None:
-            self._stream = self._open_stream()
+            self._stream = open_stream(
+                self._mixture,
+                self._place,
+                config=self._config,
+                seed=self._seed,
+                rank=self._rank,
+                world_size=self._world_size,
+                quarantine=self._quarantine,
+                spans=self._spans,
+            )
             self._ahead = Ahead(
                 self._maker.make(self._stream, self._stream.repair),
                 size=max(1, self._config.prefetch_batches),
@@ -345,33 +428,6 @@ class StreamingLoader:
                 versions[number] = found.version
         return versions
 
-    def _open_stream(self) -> Stream:
-        return Stream(
-            self._mixture.sources,
-            self._needs(self._place),
-            num_lanes=self._mixture.lanes // self._world_size,
-            block=self._config.block_samples,
-            seed=self._seed,
-            prefetch_batches=self._config.prefetch_batches,
-            buffer_bytes=self._config.buffer_bytes,
-            max_pixels=self._config.max_pixels,
-            wait_timeout_s=self._config.wait_timeout_s,
-            quarantine=self._quarantine,
-            on_bad="replace",
-            read_threads=self._config.read_threads,
-            spans=self._spans,
-        )
-
-    def _needs(self, place: Place) -> Iterator[Need]:
-        """This rank's part of every global batch from here on, epoch after epoch."""
-        size = self._config.global_batch_size
-        start, stop = rank_positions(
-            0, global_batch_size=size, rank=self._rank, world_size=self._world_size
-        )
-        while True:
-            yield self._mixture.need(place, start, stop)
-            place = self._mixture.after(place, size, timeout_s=self._config.wait_timeout_s)
-
 
 _DECIDED_AHEAD = 40  # more than the stream plans
 _ADVICE = {
@@ -421,7 +477,7 @@ def iterate_once(
         view_size=view_size,
         colour=None,
         view_dtype="float32",
-        num_threads=num_threads or _threads_of_a_rank(local_world_size),
+        num_threads=num_threads or threads_of_a_rank(local_world_size),
         device_index=device_index,
     )
     stream = Stream(
@@ -498,6 +554,6 @@ def _live_members(
         yield shard, np.flatnonzero(is_wanted)
 
 
-def _threads_of_a_rank(local_world_size: int) -> int:
+def threads_of_a_rank(local_world_size: int) -> int:
     """The cores of this machine divided by its ranks."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)

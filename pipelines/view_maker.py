@@ -69,9 +69,7 @@ def open_view_maker(
     Raises:
         PipelineError: DALI is asked for and not installed.
     """
-    has_dali = importlib.util.find_spec("nvidia") is not None and (
-        importlib.util.find_spec("nvidia.dali") is not None
-    )
+    has_dali = _has_dali()
     if loader == "dali" and not has_dali:
         raise PipelineError(
             "data.loader dali needs DALI: pip install nvidia-dali-cuda120 (or -cuda130), or take "
@@ -82,7 +80,7 @@ def open_view_maker(
             "DALI is not installed, so views are drawn on the CPU and copied to the GPU, which is "
             "much slower: pip install nvidia-dali-cuda120 (or -cuda130)"
         )
-    if loader == "dali" or (loader == "auto" and device_index is not None and has_dali):
+    if is_by_dali(loader, device_index=device_index):
         # Deferred: --help and the CPU path must work without DALI.
         from pipelines.dali_loader import DaliViews
 
@@ -113,6 +111,17 @@ def open_view_maker(
         device_index=device_index,
         spans=spans,
         to_device=to_device,
+    )
+
+
+def is_by_dali(loader: Literal["auto", "dali", "cpu"], *, device_index: int | None) -> bool:
+    """Whether DALI makes the views, and not the CPU path."""
+    return loader == "dali" or (loader == "auto" and device_index is not None and _has_dali())
+
+
+def _has_dali() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and (
+        importlib.util.find_spec("nvidia.dali") is not None
     )
 
 

@@ -498,7 +498,7 @@ def test_what_cannot_be_forecast_is_refused_in_one_line(
         ({"version": 2}, "is of version 2, and this moco-scale reads version 1"),
         ({"version": True}, "is of version True"),
         ({"version": None}, "is of version None"),
-        ({"format": "moco-scale forecast"}, 'its "format" is not "moco-scale rates"'),
+        ({"format": "moco-scale forecast"}, 'its "format" is not "moco-scale profile" or'),
         (
             {"rates": {"decode_per_cor": 5}},
             "rates.decode_per_cor; did you mean rates.decode_per_core?",
@@ -508,7 +508,7 @@ def test_what_cannot_be_forecast_is_refused_in_one_line(
         ({"rates": [5]}, 'has no table "rates"'),
         ({"rate": {}}, "unknown key 'rate'; known: about, rates"),
         ("{", "cannot be read as JSON"),
-        ("[]", "is not a file of rates"),
+        ("[]", "is neither a profile nor a file of rates"),
     ],
 )
 def test_a_file_that_is_not_of_rates_is_refused(tmp_path: Path, saved: Any, said: str) -> None:

@@ -19,6 +19,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ import boto3
 
 from demo.local_s3 import ACCESS_KEY, SECRET_KEY
 
-Kind = Literal["status", "reset", "truncate", "whole", "shift", "etag", "drip", "stall"]
+_PIECE = 1 << 14
+Kind = Literal["status", "reset", "truncate", "whole", "shift", "etag", "drip", "stall", "slow"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class Fault:
         etag      the right answer under an ETag that is not the object's
         drip      the body byte by byte, `drip_s` apart
         stall     headers, and then nothing until the client leaves
+        slow      the right answer, `delay_s` late, all struck bodies together at `bytes_per_s`
     """
 
     kind: Kind
@@ -65,6 +68,8 @@ class Fault:
     """S3's error code; empty: the usual one of the status."""
     headers: Mapping[str, str] = field(default_factory=dict)
     drip_s: float = 0.05
+    delay_s: float = 0.0
+    bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class FaultyProxy:
         self._lock = threading.Lock()
         self._fitted: Counter[tuple[Fault, str]] = Counter()
         self._struck: Counter[Fault] = Counter()
+        self._free_at = 0.0
         self._closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -148,6 +154,13 @@ class FaultyProxy:
                     self._struck[fault] += 1
                     return fault
         return None
+
+    def _wait_for_room(self, size: int, bytes_per_s: float) -> None:
+        """Until so many bytes may go, behind those that others were promised."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.perf_counter()) + size / bytes_per_s
+            until = self._free_at
+        self._closing.wait(max(0.0, until - time.perf_counter()))
 
     def _forward(
         self, handler: BaseHTTPRequestHandler, fault: Fault | None
@@ -243,6 +256,13 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
                         self.close_connection = True
                         return
                     self.wfile.write(body[at : at + 1])
+            elif kind == "slow":
+                assert fault is not None
+                proxy._closing.wait(fault.delay_s)
+                for at in range(0, len(body), _PIECE):
+                    if fault.bytes_per_s is not None:
+                        proxy._wait_for_room(len(body[at : at + _PIECE]), fault.bytes_per_s)
+                    self.wfile.write(body[at : at + _PIECE])
             else:
                 self.wfile.write(body)
 
