@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,12 @@ Figures = dict[str, float]
 
 
 def main() -> int:
+    return run_side(SIDES)
+
+
+def run_side(sides: Mapping[str, Callable[..., Figures]]) -> int:
     name, given = sys.argv[1], json.loads(sys.argv[2])
-    print(json.dumps(SIDES[name](**given)))
+    print(json.dumps(sides[name](**given)))
     return 0
 
 
@@ -36,22 +40,48 @@ def _touched(data: Any) -> int:
     return int(np.frombuffer(data, dtype=np.uint8)[::_PAGE].max() >= 0)
 
 
-def _rate(batches: Iterator[int], seconds: float, *, warm_up: int = _WARM_UP) -> Figures:
-    """Samples and what they cost, over `seconds` or more behind the warm-up.
+def measured(
+    batches: Iterator[int],
+    *,
+    seconds: float | None = None,
+    samples: int | None = None,
+    warm_up: int = _WARM_UP,
+) -> Figures:
+    """Samples and what they cost: over `seconds` or more, or so many `samples` or more.
 
     Args:
-        batches: the samples of each.
+        batches: the samples of each, without end.
+        warm_up: batches before the seconds begin; samples are counted from the first one.
     """
-    for _ in itertools.islice(batches, warm_up):
-        pass
-    cpu, wall, samples = time.process_time(), time.perf_counter(), 0
-    while time.perf_counter() - wall < seconds:
-        samples += next(batches)
+    if seconds is not None:
+        for _ in itertools.islice(batches, warm_up):
+            pass
+    children, cpu, wall, done = children_s(), time.process_time(), time.perf_counter(), 0
+    while time.perf_counter() - wall < seconds if seconds is not None else done < (samples or 0):
+        done += next(batches)
     return {
-        "samples": samples,
-        "cpu_s": time.process_time() - cpu,
+        "samples": done,
         "wall_s": time.perf_counter() - wall,
+        "cpu_s": time.process_time() - cpu + children_s() - children,
     }
+
+
+def children_s() -> float:
+    """CPU-seconds of all processes below this one, those included that have ended."""
+    parent, ticks = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended since; its parent has its ticks
+            continue
+        process = int(stat.parent.name)
+        parent[process], ticks[process] = int(fields[1]), sum(map(int, fields[11:15]))
+    here, below = {os.getpid()}, set[int]()
+    while here := {process for process in parent if parent[process] in here}:
+        below |= here
+    ended = os.times()
+    alive = sum(ticks[process] for process in below) / os.sysconf("SC_CLK_TCK")
+    return ended.children_user + ended.children_system + alive
 
 
 def _stream(
@@ -97,29 +127,34 @@ def _stream(
     )
 
 
-# 1. Encoded samples out of shards.
+# 1 and 7. Encoded samples out of shards, for some seconds or so many of them: `measured`'s span.
 
 
-def encoded_ours(*, url: str, seconds: float) -> Figures:
+def encoded_touched(photos: Iterator[Any], **span: Any) -> Figures:
+    return measured(map(_touched, photos), **span)
+
+
+def encoded_ours(*, url: str, **span: Any) -> Figures:
     stream = _stream(url, lanes=BATCH, buffer_bytes=1 << 30)
     try:
-        return _rate((sum(map(_touched, batch.data)) for batch in stream), seconds)
+        return measured((sum(map(_touched, batch.data)) for batch in stream), **span)
     finally:
         stream.close()
 
 
-def encoded_webdataset(*, tars: list[str], seconds: float) -> Figures:
+def encoded_webdataset(*, tars: list[str], **span: Any) -> Figures:
     import webdataset
 
-    def samples() -> Iterator[int]:
-        while True:
-            for sample in webdataset.WebDataset(tars, shardshuffle=False):
-                yield _touched(sample["jpg"])
-
-    return _rate(samples(), seconds)
+    samples = passes(webdataset.WebDataset(tars, shardshuffle=False))
+    return encoded_touched((one["jpg"] for one in samples), **span)
 
 
-def encoded_dali(*, tars: list[str], idx: list[str], touch: bool, seconds: float) -> Figures:
+def passes(samples: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from samples
+
+
+def encoded_dali(*, tars: list[str], idx: list[str], touch: bool = True, **span: Any) -> Figures:
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]  # DALI has no types
@@ -134,7 +169,7 @@ def encoded_dali(*, tars: list[str], idx: list[str], touch: bool, seconds: float
             (encoded,) = pipeline.run()
             yield sum(map(_touched, encoded)) if touch else len(encoded)
 
-    return _rate(batches(), seconds)
+    return measured(batches(), **span)
 
 
 def encoded_pread(*, url: str, seconds: float) -> Figures:
@@ -162,7 +197,7 @@ def encoded_pread(*, url: str, seconds: float) -> Figures:
                 assert xxhash.xxh3_64_intdigest(block[begin:end]) == checksum
             yield BLOCK
 
-    return _rate(blocks(), seconds)
+    return measured(blocks(), seconds=seconds)
 
 
 def encoded_obstore(*, url: str, seconds: float) -> Figures:
@@ -207,7 +242,7 @@ def encoded_obstore(*, url: str, seconds: float) -> Figures:
                 yield running.pop(0).result()
                 running.append(pool.submit(read, next(wanted)))
 
-        return _rate(answers(), seconds)
+        return measured(answers(), seconds=seconds)
 
 
 # 2. Requests, and bytes read, for the samples used.
@@ -298,41 +333,49 @@ def views_ours(*, url: str, loader: str, colour: str, seconds: float) -> Figures
     )
     batches = itertools.cycle(_encoded_batches(url, 8))
     made = (len(done) for done, _ in maker.make(batches, _no_repair))
-    return _rate(made, seconds, warm_up=_WARM_UP_VIEWS)
+    return measured(made, seconds=seconds, warm_up=_WARM_UP_VIEWS)
 
 
 def _no_repair(batch: Any, faults: Any) -> Any:
     raise AssertionError(f"all {len(batch)} photos can be decoded: {faults}")
 
 
-def views_torchvision(*, url: str, on: str, seconds: float) -> Figures:
-    """MoCo v2's transforms as its main_moco.py has them; on tensors, v2's of the same names."""
+def transforms_of_moco(size: int) -> Any:
+    """MoCo v2's as its main_moco.py has them, of a PIL image."""
     import random
 
-    import numpy as np
-    import torch
     from PIL import Image, ImageFilter
     from torchvision import transforms
-    from torchvision.io import decode_jpeg
-    from torchvision.transforms import v2
-
-    torch.set_num_threads(1)
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
     def blur(image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
-    of_pil = transforms.Compose(
+    return transforms.Compose(
         [
-            transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(mean=mean, std=std),
+            transforms.Normalize(mean=_MEAN, std=_STD),
         ]
     )
+
+
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def views_torchvision(*, url: str, on: str, seconds: float) -> Figures:
+    """MoCo's transforms; on tensors, v2's of the same names."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torchvision.io import decode_jpeg
+    from torchvision.transforms import v2
+
+    torch.set_num_threads(1)
+    of_pil = transforms_of_moco(224)
     of_tensors = v2.Compose(
         [
             v2.RandomResizedCrop(224, scale=(0.2, 1.0), antialias=True),
@@ -341,7 +384,7 @@ def views_torchvision(*, url: str, on: str, seconds: float) -> Figures:
             v2.RandomApply([v2.GaussianBlur(kernel_size=23, sigma=(0.1, 2.0))], p=0.5),
             v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean=mean, std=std),
+            v2.Normalize(mean=_MEAN, std=_STD),
         ]
     )
     encoded = [np.array(one) for batch in _encoded_batches(url, 8) for one in batch.data]
@@ -357,7 +400,7 @@ def views_torchvision(*, url: str, on: str, seconds: float) -> Figures:
             assert view_q.shape == view_k.shape == (3, 224, 224)
             yield 1
 
-    return _rate(pairs(), seconds)
+    return measured(pairs(), seconds=seconds)
 
 
 # 5. Memory.

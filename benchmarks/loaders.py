@@ -1,69 +1,52 @@
 """The input pipeline beside its peers: encoded samples, requests, hand-over, views, memory, order.
 
 Photos of 500 x 375 are packed once into .cache; each figure comes from a process of its own
-(benchmarks/loader_sides.py), sides take turns, medians are quoted. `python -m benchmarks.loaders`
-runs all sections; figures go to standard output and into a Markdown file. Linux only.
+(benchmarks/loader_sides.py and peer_sides.py), sides take turns, medians are quoted.
+`python -m benchmarks.loaders` runs all sections; figures go to standard output and into a Markdown
+file. MosaicML Streaming and litData take part where they are installed (extra `bench`). Linux only.
 """
 
 import argparse
 import datetime
-import json
 import os
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.loader_peers import (
+    epoch,
+    image_folder,
+    installed_peers,
+    left_out,
+    sides_of_peers,
+    whole,
+)
+from benchmarks.loader_places import (
+    SHARD_IMAGES,
+    Places,
+    Sizes,
+    figures_of,
+    in_turns,
+    make_places,
+    per_cpu_s,
+    per_s,
+    rate_table,
+)
 from benchmarks.loader_sides import BATCH, BLOCK, READ_THREADS, Figures
 from benchmarks.machine import machine
-from benchmarks.photos import HEIGHT, WIDTH, small_photos
-from demo.images import CACHE
+from benchmarks.photos import HEIGHT, WIDTH
 from demo.local_s3 import LocalS3
-from shards import PackConfig, ShardSet, pack
-from shards.export import write_idx
-from shards.manifest import publish
-from shards.store import open_store
+from shards import ShardSet
 
-SHARD_IMAGES = 500  # no multiple of a block: a shard's last block is short, as it is in life
-SIDE_LIMIT_S = 300
 MIB = 1 << 20
 SAMPLES, SHARDS = 1_000_000_000, 200_000  # of the order
 RANKS, SHARE = 8, 512
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """How much is measured."""
-
-    photos: int
-    copies: int
-    """Times that the shard set names each of its tars."""
-    repeats: int
-    seconds: float
-    """Of each rate, behind the warm-up."""
-    bounds: tuple[int, ...]
-    """MiB that the stream may hold."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Places:
-    """The shard set, where the sides find it."""
-
-    local: str
-    s3: str
-    tars: tuple[str, ...]
-    """Local paths, as often as the set names them."""
-    idx: tuple[str, ...]
-    mean_bytes: float
 
 
 def main() -> int:
@@ -87,22 +70,22 @@ def main() -> int:
     began, load_before = time.perf_counter(), os.getloadavg()[0]
     with LocalS3() as server:
         os.environ.update(server.environment)
-        places = _places(server, sizes)
+        places = make_places(server, sizes)
         lines = [line for name in given.sections for line in [*SECTIONS[name](places, sizes), ""]]
     head = [
         "# Loaders on the CPU",
         "",
         f"`{' '.join(['python -m benchmarks.loaders', *sys.argv[1:]])}`, "
         f"{datetime.date.today().isoformat()}, {(time.perf_counter() - began) / 60:.0f} min; "
-        + machine(*_PACKAGES)
+        + machine(*_PACKAGES, *installed_peers().values())
         + f"; load average {load_before:.1f} before, {os.getloadavg()[0]:.1f} after.",
         "",
         f"{sizes.photos:,} photos of {WIDTH} x {HEIGHT}, mean {places.mean_bytes / 1e3:.1f} kB, in "
         f"shards of {SHARD_IMAGES}; the shard set, and every peer's list, names each tar "
         f"{sizes.copies} times, so all is read from the page cache. S3 is SeaweedFS on loopback, "
         f"on the same cores. Blocks of {BLOCK} samples. CPU-seconds are of the client process with "
-        "all its threads, behind imports and warm-up. Sides take turns, each in a process of its "
-        f"own; medians of {sizes.repeats} (smallest to largest).",
+        "all its threads and of the processes it starts, behind imports and warm-up. Sides take "
+        f"turns, each in a process of its own; medians of {sizes.repeats} (smallest to largest).",
         "",
     ]
     text = "\n".join(head + lines).rstrip()
@@ -123,89 +106,6 @@ def _result() -> Path:
     return Path(__file__).parent / "results" / name
 
 
-def _places(server: LocalS3, sizes: Sizes) -> Places:
-    folder = (CACHE / f"loader-set-{sizes.photos}x{sizes.copies}").absolute()
-    if not (folder / "idx").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        config = PackConfig(max_shard_samples=SHARD_IMAGES)
-        pack(str(small_photos(sizes.photos).absolute()), str(folder), config)
-        write_idx(str(folder))
-        once = ShardSet.open(str(folder))
-        records = once.records() * sizes.copies
-        publish(once.store, records, once.metadata, version=once.version + 1)
-    shard_set = ShardSet.open(str(folder))
-    bucket = f"{server.make_bucket('loaders')}/set"
-    store = open_store(bucket)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        store.put(path.relative_to(folder).as_posix(), path.read_bytes())
-    of_index = [Path(record.index).stem for record in shard_set.records()]
-    return Places(
-        local=str(folder),
-        s3=bucket,
-        tars=tuple(str(folder / name) for name in shard_set.names),
-        idx=tuple(str(folder / "idx" / f"{name}.idx") for name in of_index),
-        mean_bytes=shard_set.total_bytes / shard_set.num_samples,
-    )
-
-
-def _side(name: str, given: Mapping[str, Any], *, cores: Sequence[int] | None = None) -> Figures:
-    """Run a side to its end, on some cores only if they are given."""
-    pinned = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
-    command = [*pinned, sys.executable, "-m", "benchmarks.loader_sides", name, json.dumps(given)]
-    root = Path(__file__).absolute().parent.parent
-    done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=SIDE_LIMIT_S, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
-    found: Figures = json.loads(done.stdout.splitlines()[-1])
-    print(f"{name} {json.dumps({k: v for k, v in given.items() if k not in _LONG})[:60]}: {found}")
-    sys.stdout.flush()
-    return found
-
-
-_LONG = ("tars", "idx", "url")
-
-
-def _in_turns(
-    sides: Mapping[str, tuple[str, Mapping[str, Any]]], repeats: int
-) -> dict[str, list[Figures]]:
-    """Each side `repeats` times on one core."""
-    found = defaultdict(list)
-    core = [min(os.sched_getaffinity(0))]
-    for _ in range(repeats):
-        for shown, (name, given) in sides.items():
-            found[shown].append(_side(name, given, cores=core))
-    return found
-
-
-def _per_cpu_s(run: Figures) -> float:
-    return run["samples"] / run["cpu_s"]
-
-
-def _per_s(run: Figures) -> float:
-    return run["samples"] / run["wall_s"]
-
-
-def _rate_table(found: Mapping[str, list[Figures]], *, what: str) -> list[str]:
-    lines = [
-        f"| | {what} per CPU-second | {what} per second | cores busy |",
-        "|---|---:|---:|---:|",
-    ]
-    for shown, runs in found.items():
-        busy = statistics.median(run["cpu_s"] / run["wall_s"] for run in runs)
-        lines.append(
-            f"| {shown} | {_spread(map(_per_cpu_s, runs))} | {_spread(map(_per_s, runs))} "
-            f"| {busy:.2f} |"
-        )
-    return lines
-
-
-def _spread(values: Iterator[float]) -> str:
-    known = list(values)
-    return f"{statistics.median(known):,.0f} ({min(known):,.0f} to {max(known):,.0f})"
-
-
 def _ratio(
     found: Mapping[str, list[Figures]],
     ours: str,
@@ -221,14 +121,21 @@ def encoded(places: Places, sizes: Sizes) -> list[str]:
     """Encoded samples out of shards, on one core."""
     wds, dali = "webdataset, local", "DALI readers.webdataset, local"
     ours, bare = "ours, S3", "bare obstore, S3"
-    seconds = {"seconds": sizes.seconds}
-    tars = {"tars": places.tars, **seconds}
-    found = _in_turns(
+    seconds: dict[str, Any] = {"seconds": sizes.seconds}
+    tars = {"tars": places.local_tars * sizes.copies, **seconds}
+    idx = {"idx": places.idx * sizes.copies}
+    peers = sides_of_peers("encoded", places, copies=sizes.copies, **seconds)
+    found = in_turns(
         {
             "ours, local": ("encoded_ours", {"url": places.local, **seconds}),
             wds: ("encoded_webdataset", tars),
-            dali: ("encoded_dali", {"idx": places.idx, "touch": True, **tars}),
-            f"{dali}, not touched": ("encoded_dali", {"idx": places.idx, "touch": False, **tars}),
+            dali: ("encoded_dali", {"touch": True, **tars, **idx}),
+            f"{dali}, not touched": ("encoded_dali", {"touch": False, **tars, **idx}),
+            **{f"{peer}, local": side for peer, side in peers.items()},
+            "files of their own, torchvision's ImageFolder, local": (
+                "encoded_files",
+                {"folder": image_folder(places), **seconds},
+            ),
             "pread and checksum alone, local": (
                 "encoded_pread",
                 {"url": places.local, **seconds},
@@ -244,18 +151,21 @@ def encoded(places: Places, sizes: Sizes) -> list[str]:
         f"Ours: `Stream` in `Order`'s order, {BATCH} lanes, every sample's checksum compared, "
         f"batches of {BATCH}. webdataset: `WebDataset(tars, shardshuffle=False)`, bytes of jpg, no "
         "shuffling. DALI: `fn.readers.webdataset` with `.idx`, batches of "
-        f"{BATCH}, one thread, no shuffling, nothing decoded. Bare obstore: `get_range` of random "
-        f"blocks of {BLOCK} samples, {READ_THREADS} threads. Each side's consumer reads a byte of "
-        "every page, as a decoder must; *not touched*: without that, DALI hands out mapped files "
-        "that nobody has read.",
+        f"{BATCH}, one thread, no shuffling, nothing decoded. MosaicML Streaming, litData: their "
+        "`StreamingDataset` of a local folder, in the process itself, `shuffle=False`, a column of "
+        "bytes. Files: `ImageFolder` with a loader that reads bytes, in order. Bare obstore: "
+        f"`get_range` of random blocks of {BLOCK} samples, {READ_THREADS} threads. Each side's "
+        "consumer reads a byte of every page, as a decoder must; *not touched*: without that, DALI "
+        "hands out mapped files that nobody has read.",
         "",
-        *_rate_table(found, what="samples"),
+        *rate_table(found, what="samples"),
+        *left_out(),
         "",
         "| ratio | per CPU-second | per second | target |",
         "|---|---:|---:|---|",
         *[
-            f"| {mine} / {other} | {_ratio(found, mine, other, _per_cpu_s):.2f} "
-            f"| {_ratio(found, mine, other, _per_s):.2f} | {target} |"
+            f"| {mine} / {other} | {_ratio(found, mine, other, per_cpu_s):.2f} "
+            f"| {_ratio(found, mine, other, per_s):.2f} | {target} |"
             for mine, other, target in (
                 ("ours, local", wds, "at least 10 per CPU-second"),
                 ("ours, local", dali, "at least 1"),
@@ -285,7 +195,7 @@ def requests(places: Places, sizes: Sizes) -> list[str]:
     for blocks in (32, 16, 4, 1):
         lanes = max(1, total // (blocks * BLOCK))
         room = 4 * lanes * BLOCK * int(places.mean_bytes)
-        run = _side("gets", {"url": places.local, "lanes": lanes, "buffer_bytes": room})
+        run = figures_of("gets", {"url": places.local, "lanes": lanes, "buffer_bytes": room})
         length = run["lane_samples"]
         lines.append(
             f"| {lanes:,} | {length / BLOCK:.1f} | {run['samples'] / run['requests']:.1f} "
@@ -297,7 +207,7 @@ def requests(places: Places, sizes: Sizes) -> list[str]:
 def handover(places: Places, sizes: Sizes) -> list[str]:
     """From views into blocks to DALI's input."""
     batch = 256
-    found = _in_turns(
+    found = in_turns(
         {"fed": ("handover", {"url": places.local, "batch": batch, "repeats": 64})}, sizes.repeats
     )["fed"]
     fed, ran = (
@@ -315,7 +225,7 @@ def views(places: Places, sizes: Sizes) -> list[str]:
     """Two views of 224 px, MoCo v2's recipe, one thread on one core."""
     at = {"url": places.local, "seconds": 2 * sizes.seconds}
     ours = "our CPU path, exact colour"
-    found = _in_turns(
+    found = in_turns(
         {
             ours: ("views_ours", {"loader": "cpu", "colour": "exact", **at}),
             "our DALI graph on the CPU, exact colour": (
@@ -341,12 +251,12 @@ def views(places: Places, sizes: Sizes) -> list[str]:
         "tensors `decode_jpeg` and v2's transforms of the same names (blur with a kernel of 23). "
         "Samples, not views, are counted; no collation, no worker processes.",
         "",
-        *_rate_table(found, what="samples"),
+        *rate_table(found, what="samples"),
         "",
         "| ratio | per CPU-second | target |",
         "|---|---:|---|",
         *[
-            f"| {ours} / {other} | {_ratio(found, ours, other, _per_cpu_s):.2f} "
+            f"| {ours} / {other} | {_ratio(found, ours, other, per_cpu_s):.2f} "
             f"| at least {target} |"
             for other, target in targets
         ],
@@ -373,7 +283,7 @@ def memory(places: Places, sizes: Sizes) -> list[str]:
         for bound, full in cases:
             lanes = max(1, round(full * bound * MIB / block_bytes))
             given = {"url": url, "lanes": lanes, "buffer_bytes": bound * MIB, "steps": 6 * BLOCK}
-            run = _side("memory", given)
+            run = figures_of("memory", given)
             peak = run["peak_bytes"] / MIB
             lines.append(
                 f"| {shown} | {bound:,} | {lanes} | {lanes * block_bytes / MIB:,.0f} "
@@ -386,7 +296,7 @@ def order(places: Places, sizes: Sizes) -> list[str]:
     """The order of a billion samples."""
     del places
     given = {"samples": SAMPLES, "shards": SHARDS, "ranks": RANKS, "share": SHARE}
-    found = _in_turns({"order": ("order", given)}, sizes.repeats)["order"]
+    found = in_turns({"order": ("order", given)}, sizes.repeats)["order"]
     middle = {name: statistics.median(run[name] for run in found) for name in found[0]}
     return [
         f"## 6. The order of {SAMPLES:,} samples in {SHARDS:,} shards",
@@ -411,6 +321,8 @@ SECTIONS = {
     "views": views,
     "memory": memory,
     "order": order,
+    "epoch": epoch,
+    "whole": whole,
 }
 
 if __name__ == "__main__":
