@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import io
 import logging
-import pickle
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,12 +208,31 @@ def load_checkpoint(url: str) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {url}") from err
 
 
-def load_weights(url: str) -> tuple[dict[str, Tensor], bool]:
-    """The weights of a checkpoint of this project or of the published code, by published name.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A checkpoint laid out as the published code's, by whomever."""
 
-    Returns:
-        The weights, and whether the key encoder is a moving average behind: the published code
-        moves it at the beginning of a step, this one at the end.
+    model: dict[str, Tensor]
+    """By published name."""
+    arch: str
+    """Name of the backbone; empty where it is not said."""
+    is_behind: bool
+    """Whether the key encoder is a moving average behind: the published code moves it at the
+    beginning of a step, this one at the end."""
+
+
+def load_weights(url: str) -> tuple[dict[str, Tensor], bool]:
+    """`Published.model` and `Published.is_behind` of a checkpoint.
+
+    Raises:
+        CheckpointError: see `load_published`.
+    """
+    found = load_published(url)
+    return found.model, found.is_behind
+
+
+def load_published(url: str) -> Published:
+    """A checkpoint of this project or of the published code.
 
     Raises:
         CheckpointError: there is none, or it has no encoder_q.
@@ -222,15 +240,14 @@ def load_weights(url: str) -> tuple[dict[str, Tensor], bool]:
     folder, _, name = url.rpartition("/")
     store = open_store(folder or ".")
     try:
-        content = torch.load(
-            io.BytesIO(bytes(store.read(name))), map_location="cpu", weights_only=True
-        )
+        data = bytes(store.read(name))
     except NotFoundError as err:
         raise CheckpointError(f"no checkpoint at {url}") from err
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
-        raise CheckpointError(f"{url} is not a checkpoint that torch.load reads: {err}") from err
+    content = _weights_only(data, url)
     weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(one, Tensor) for name, one in weights.items()
+    ):
         raise CheckpointError(f"{url} has no state_dict: give a checkpoint of a MoCo training run")
     model = {name.removeprefix(_PUBLISHED): tensor for name, tensor in weights.items()}
     if not any(name.startswith("encoder_q.") for name in model):
@@ -238,7 +255,12 @@ def load_weights(url: str) -> tuple[dict[str, Tensor], bool]:
             f"{url} has no encoder_q (but {next(iter(model), 'nothing')}, ...): give a checkpoint "
             "of a MoCo training run"
         )
-    return model, "format" not in content
+    arch = content.get("arch")
+    return Published(
+        model=model,
+        arch=arch if isinstance(arch, str) else "",
+        is_behind="format" not in content,
+    )
 
 
 def check_fits(
@@ -300,6 +322,17 @@ class UnfinishedError(_TornError):
     """Its writing did not come to the end."""
 
 
+def _weights_only(data: bytes, uri: str) -> Any:
+    """What torch.save wrote, if nothing in it could run code."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as err:  # of a damaged file torch.load raises nearly anything
+        raise CheckpointError(
+            f"{uri} is not a checkpoint of weights alone ({type(err).__name__}): it is damaged, or "
+            "holds other objects, which could run code; save its state_dict and arch anew"
+        ) from err
+
+
 def _load(store: Store, path: str) -> Checkpoint:
     uri = store.uri(path)
     try:
@@ -310,10 +343,7 @@ def _load(store: Store, path: str) -> Checkpoint:
     data = bytes(store.read(path))
     if hashlib.sha256(data).hexdigest() != digest:
         raise _TornError(f"{uri} is torn (its SHA-256 is not the one in .sha256)")
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as err:
-        raise CheckpointError(f"{uri} is not a checkpoint of moco-scale: {err}") from err
+    content = _weights_only(data, uri)
     found = content.pop("format", None) if isinstance(content, dict) else None
     if found != FORMAT:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moco_scale import cli_forecast, cli_shards, cli_shuffle
+from moco_scale import cli_export, cli_forecast, cli_shards, cli_shuffle
 from moco_scale.errors import EXIT_AGAIN, LostRankError
 from moco_scale.settings import UsageError, parse_flags
 from shards.errors import UserError
@@ -50,6 +50,10 @@ training
   evaluate RUN --labels CSV  kNN beside pixels and a random encoder
   report RUN                 one self-contained HTML page about a run
   profile --data SHARD_SET   which stage is the limit, and which flag to change
+  export RUN --format timm --to URL
+                             the encoder for torchvision, timm, detectron2, ONNX
+  import CHECKPOINT --out RUN
+                             a run of a published MoCo checkpoint
   forecast --images N --gpus G ...
                              what a run on a cluster needs, and what runs out first
 
@@ -75,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "report": _report,
         "profile": _profile,
+        "export": cli_export.run_export,
+        "import": cli_export.run_import,
         "forecast": cli_forecast.run_forecast,
     }
     if not given or given[0] in ("-h", "--help", "help"):

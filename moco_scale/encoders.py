@@ -48,6 +48,19 @@ def build_encoder(config: "ModelConfig", *, seed: int) -> nn.Module:
     return encoder
 
 
+def build_headless(config: "ModelConfig") -> nn.Module:
+    """The backbone as its library makes it, with nothing where the head was; weights are random.
+
+    N x 3 x S x S to N x D, the features that enter the head.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = _plain(config.backbone, num_classes=config.dim)
+        if config.stem == "cifar":
+            _replace_stem(model, config.backbone)
+    model.set_submodule(_last_linear(model, config), nn.Identity())
+    return model
+
+
 def check_encoder(encoder: nn.Module, config: "ModelConfig", *, view_size: int) -> None:
     """Let the shape of a batch go through a copy without memory: nothing is computed.
 

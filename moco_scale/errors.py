@@ -4,6 +4,7 @@ TrainError              one line: what, where, what to do
     ConfigError         settings that cannot be right, alone or together
     CheckpointError     a checkpoint that is missing, torn, or of another model
     EvaluationError     labels or features that cannot be scored
+    ExportError         a format that does not fit the encoder, or another export in the place
     LostRankError       another process of the run is gone or silent; worth another start
 """
 
@@ -27,6 +28,10 @@ class CheckpointError(TrainError):
 
 class EvaluationError(TrainError):
     """Labels or features that cannot be scored."""
+
+
+class ExportError(TrainError):
+    """A format that does not fit the encoder, or another export in the place."""
 
 
 class LostRankError(TrainError):

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 from moco_scale.errors import ConfigError
+from shards.store import open_store
 
 T = TypeVar("T")
 
@@ -53,6 +54,8 @@ def parse_flags(
 def read_preset(name: str) -> dict[str, Any]:
     """A preset as nested dicts: a bare name of this package, a TOML file, or a saved run's JSON.
 
+    Files may be URLs.
+
     Raises:
         ConfigError: there is no such preset, or it cannot be read.
     """
@@ -60,9 +63,9 @@ def read_preset(name: str) -> dict[str, Any]:
     path = Path(name)
     try:
         if path.suffix == ".json":
-            loaded = json.loads(path.read_text())
+            loaded = json.loads(_text(name))
         elif path.suffix == ".toml":
-            loaded = tomllib.loads(path.read_text())
+            loaded = tomllib.loads(_text(name))
         else:
             loaded = tomllib.loads((folder / f"{name}.toml").read_text())
     except FileNotFoundError as err:
@@ -77,6 +80,13 @@ def read_preset(name: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"preset {name} holds {type(loaded).__name__}, not tables of settings")
     return loaded
+
+
+def _text(name: str) -> str:
+    if "://" not in name:
+        return Path(name).read_text()
+    folder, _, file = name.rpartition("/")
+    return bytes(open_store(folder).read(file)).decode()
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], *, path: str = "") -> T:

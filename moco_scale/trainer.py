@@ -389,7 +389,8 @@ class Trainer:
             StateError: its position belongs to another shard set or seed.
         """
         check_fits(checkpoint, model=self.model.state_dict(), config=self.config)
-        self.loader.load_state_dict(checkpoint.loader)
+        if checkpoint.loader:  # an import has taken nothing yet
+            self.loader.load_state_dict(checkpoint.loader)
         self.model.load_state_dict(checkpoint.model)
         load_sgd(self.optimizer, checkpoint.optimizer)
         self.step = checkpoint.step

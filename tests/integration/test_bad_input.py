@@ -223,7 +223,7 @@ def test_help_needs_no_credentials(tmp_path: Path) -> None:
     nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_ENDPOINT_URL": "", "HOME": str(tmp_path)}
 
     shards = ("pack", "index", "info", "verify", "dedup", "takedown", "compact", "finalize")
-    for command in (*shards, "pretrain", "evaluate", "report"):
+    for command in (*shards, "pretrain", "evaluate", "report", "export", "import"):
         shown = moco_scale(command, "--help", env=nothing)
         assert shown.returncode == 0, shown.stderr
         assert "usage" in shown.stdout.lower()

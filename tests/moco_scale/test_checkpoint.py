@@ -145,7 +145,7 @@ def test_a_pickle_that_runs_code_is_not_loaded(store: Store) -> None:
     store.put(checkpoint_path(1), data)
     store.put(f"{checkpoint_path(1)}.sha256", hashlib.sha256(data).hexdigest().encode())
 
-    with pytest.raises(CheckpointError, match="not a checkpoint of moco-scale"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of weights alone"):
         latest(store)
 
 
