@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from demo.images import digits
 from demo.local_s3 import LocalS3
-from moco_scale.evaluate import EVALUATION_FILE, SAMPLES_FILE, paired_interval
+from moco_scale.evaluate import EVALUATION_FILE, SAMPLES_FILE
+from moco_scale.scoring import paired_interval
 from shards.store import open_store
 
 PRESET = "digits"
@@ -71,8 +72,8 @@ def trial(server: LocalS3, *, epochs: int | None) -> list[str]:
             *("--run.seed", str(seed), *more),
         )
         _call(
-            *("evaluate", run, "--labels", f"{base}/labels.csv", "--seed", str(seed)),
-            *("--k", str(K), "200"),
+            *("evaluate", run, "--labels", f"{base}/labels.csv", "--seeds", "0"),
+            *("--k", str(K), "200", "--probe", "none"),
         )
         result = json.loads(bytes(open_store(run).read(EVALUATION_FILE)))
         rows = pq.read_table(pa.BufferReader(bytes(open_store(run).read(SAMPLES_FILE))))

@@ -115,6 +115,22 @@ def foods() -> ImageSet:
     return ImageSet(folder=folder, labels={}, about=about)
 
 
+def clipart() -> ImageSet:
+    """6,900 drawings, PNG of 3 x 2 to 20,990 x 29,700 pixels, with alpha; links among them.
+
+    Label: the top folder, of the ten that name things; 2,099 images. Debian package
+    openclipart-png, public domain.
+    """
+    things = ("animals", "food", "people", "transportation", "buildings", "plants", "recreation",
+              "tools", "office", "geography")  # fmt: skip
+    folder = _unpacked("openclipart-png") / "usr/share/openclipart/png"
+    drawn = (path for path in sorted(folder.rglob("*.png")) if not path.is_symlink())
+    paths = [path.relative_to(folder) for path in drawn]
+    labels = {str(path): path.parts[0] for path in paths if path.parts[0] in things}
+    about = "clipart: Open Clip Art drawings (public domain)"
+    return ImageSet(folder=folder, labels=labels, about=about)
+
+
 def jxl_testdata() -> ImageSet:
     """Hundreds of files of all kinds: JPEG variants, PNG with odd profiles, PNM of 1 to 16 bits.
 

@@ -73,11 +73,11 @@ def _run(stack: ExitStack, *, images: str, out: Path, processes: int) -> None:
         [*launch, "pretrain", "--preset", "smoke", "--data", shard_set, "--out", run], environment
     )
     try:
-        _call([*one, "evaluate", run, "--labels", labels], environment)
+        _call([*one, "evaluate", run, "--labels", labels, "--seeds", "0"], environment)
     except subprocess.CalledProcessError:
         if not images:
             raise
-        print("No kNN table: it needs images in folders named by their class.", flush=True)
+        print("No evaluation: it needs images in folders named by their class.", flush=True)
     _call([*one, "report", run, "--out", str(out / "report.html")], environment)
 
 

@@ -7,23 +7,21 @@ and saved, or another process of the run was lost.
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from moco_scale import cli_export, cli_forecast, cli_shards, cli_shuffle
+from moco_scale import cli_evaluate, cli_export, cli_forecast, cli_shards, cli_shuffle
 from moco_scale.errors import EXIT_AGAIN, LostRankError
 from moco_scale.settings import UsageError, parse_flags
 from shards.errors import UserError
 from shards.objects import shown
 
 if TYPE_CHECKING:  # these load torch, which the commands about shards do without
-    from moco_scale.evaluate import Evaluation
     from moco_scale.metrics import StepMetrics
 
 console = Console(highlight=False)
@@ -47,7 +45,7 @@ training
   pretrain --data SHARD_SET --out RUN
                              train an encoder; also under torchrun:
                              torchrun --nproc-per-node 8 -m moco_scale pretrain ...
-  evaluate RUN --labels CSV  kNN beside pixels and a random encoder
+  evaluate RUN --on DATA     kNN, linear probe, few shots, retrieval; beside no learning
   report RUN                 one self-contained HTML page about a run
   profile --data SHARD_SET   which stage is the limit, and which flag to change
   export RUN --format timm --to URL
@@ -76,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "finalize": cli_shards.run_finalize,
         "shuffle": cli_shuffle.run_shuffle,
         "pretrain": _pretrain,
-        "evaluate": _evaluate,
+        "evaluate": cli_evaluate.run_evaluate,
         "report": _report,
         "profile": _profile,
         "export": cli_export.run_export,
@@ -167,48 +165,6 @@ def _profile(arguments: list[str]) -> int:
     from moco_scale.cli_profile import run_profile  # loads torch and matplotlib
 
     return run_profile(arguments)
-
-
-def _evaluate(arguments: list[str]) -> int:
-    from moco_scale.evaluate import EvaluateConfig, evaluate  # loads torch
-
-    @dataclass(frozen=True, kw_only=True, slots=True)
-    class EvaluateArguments:
-        """Score a run's encoder by kNN, beside pixels and the encoder at random initialisation."""
-
-        run: tyro.conf.Positional[str]
-        """URL or path of the run."""
-        config: tyro.conf.OmitArgPrefixes[EvaluateConfig] = field(default_factory=EvaluateConfig)
-
-    given = parse_flags(EvaluateArguments, arguments, prog="moco-scale evaluate")
-    _print_evaluation(evaluate(given.run, given.config))
-    return 0
-
-
-def _print_evaluation(evaluation: "Evaluation") -> None:
-    ks = list(evaluation.scores[0].accuracy)
-    table = Table(
-        title=f"leave-one-out kNN, {evaluation.num_images:,} images of "
-        f"{len(evaluation.classes)} classes, step {evaluation.step:,}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("features")
-    for k in ks:
-        table.add_column(f"k={k}", justify="right")
-    table.add_column(f"trained minus it, k={ks[0]} [95 %]", justify="right")
-    table.add_row("majority class", *[f"{evaluation.majority:.3f}" for _ in ks], "")
-    for score in evaluation.scores:
-        gain = score.gain_of_trained.get(ks[0])
-        shown = f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]" if gain else ""
-        table.add_row(score.features, *[f"{score.accuracy[k]:.3f}" for k in ks], shown)
-    console.print(table)
-    if evaluation.num_labels_unused or evaluation.num_unlabelled:
-        console.print(
-            f"labels without an image in the set: {evaluation.num_labels_unused:,}; "
-            f"images without a label: {evaluation.num_unlabelled:,}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

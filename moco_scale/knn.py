@@ -1,13 +1,5 @@
-"""kNN on labelled images: labels joined on samples, votes, and a score while training."""
+"""kNN on labelled images: the nearest, their votes, and a score while training."""
 
-import csv
-import io
-import json
-import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -19,70 +11,53 @@ from torch.nn import functional
 from moco_scale.distributed import Ranks, all_gather_rows
 from moco_scale.encoders import pooled_features
 from moco_scale.errors import EvaluationError
+from moco_scale.labels import join_labels
 from pipelines import iterate_once
-from shards import ShardSet, open_store
+from shards import ShardSet
 
-logger = logging.getLogger(__name__)
-
+_SIMILARITIES_AT_ONCE = 2**26
 _NEIGHBOURS, _TEMPERATURE, _BATCH = 20, 0.1, 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledSamples:
-    """Which samples of a shard set have which label."""
+def nearest(features: Tensor, k: int, *, gallery: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and places of each row's nearest in the gallery, the nearest first: M x k each.
 
-    sample_ids: NDArray[np.int64]
-    """M ordinals, ascending."""
-    labels: NDArray[np.int64]
-    """M numbers of classes."""
-    classes: tuple[str, ...]
-    num_unlabelled: int
-    num_unused: int
-
-
-def join_labels(shard_set: ShardSet, labels: str) -> LabelledSamples:
-    """Join labels on the samples by uri.
-
-    A CSV's uri is an object's full URI, or its path below the source that was packed.
-
-    Raises:
-        EvaluationError: the labels cannot be read, match no image, or are all the same.
+    Args:
+        features: M x D, unit length.
+        k: at most so many; there may be fewer.
+        gallery: N x D, unit length; None: the features, an image not being its own neighbour.
     """
-    table = shard_set.table(columns=["uri"])
-    uris: list[str] = table.column("uri").to_pylist()
-    ids = table.column("sample_id").to_numpy()
-    if labels == "folder":
-        by_uri = {uri: PurePosixPath(uri).parent.name for uri in uris}
-    else:
-        by_uri = _read_labels(labels)
-    sources = [f"{source.rstrip('/')}/" for source in json.loads(shard_set.metadata["sources"])]
-    found = [_label(uri, by_uri, sources) for uri in uris]
-    matched = np.array([label is not None for label in found], dtype=bool)
-    if not matched.any():
-        raise EvaluationError(
-            f"none of the {len(by_uri)} labels in {labels} names an image of {shard_set.url}: "
-            f"a label's uri is like {next(iter(by_uri), '(none)')!r}, an image's like {uris[0]!r}"
-        )
-    classes = tuple(sorted({label for label in found if label is not None}))
-    if len(classes) < 2:
-        raise EvaluationError(
-            f"{labels}: all {int(matched.sum())} labels are {classes[0]!r}; kNN needs two classes"
-        )
-    numbers = {name: number for number, name in enumerate(classes)}
-    return LabelledSamples(
-        sample_ids=ids[matched],
-        labels=np.array([numbers[label] for label in found if label is not None], dtype=np.int64),
-        classes=classes,
-        num_unlabelled=int((~matched).sum()),
-        num_unused=max(0, len(by_uri) - int(matched.sum())),
-    )
+    within = features if gallery is None else gallery
+    found = min(k, len(within) - (gallery is None))
+    cosines, places = [], []
+    rows_at_once = max(1, _SIMILARITIES_AT_ONCE // len(within))
+    for start in range(0, len(features), rows_at_once):
+        similarity = features[start : start + rows_at_once] @ within.T
+        if gallery is None:
+            rows = torch.arange(len(similarity), device=similarity.device)
+            similarity[rows, start + rows] = -torch.inf
+        top, place = similarity.topk(found, dim=1)
+        cosines.append(top)
+        places.append(place)
+    return torch.cat(cosines), torch.cat(places)
 
 
-def _label(uri: str, by_uri: Mapping[str, str], sources: Sequence[str]) -> str | None:
-    if uri in by_uri:
-        return by_uri[uri]
-    below = (uri.removeprefix(source) for source in sources if uri.startswith(source))
-    return next((by_uri[path] for path in below if path in by_uri), None)
+def vote(
+    cosines: Tensor, voters: Tensor, *, k: int, temperature: float, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """The class with most votes, and its part of all votes (Wu et al. 2018, section 3.4): M each.
+
+    Args:
+        cosines: M x K of the nearest, as `nearest` gives them.
+        voters: M x K class numbers of those.
+        k: how many of them vote.
+        temperature: a vote weighs exp(cosine / temperature).
+    """
+    # Against the nearest one's, so that no temperature overflows.
+    weights = ((cosines[:, :k] - cosines[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(weights), num_classes).scatter_add_(1, voters[:, :k], weights)
+    most, guesses = votes.max(1)
+    return guesses, most / weights.sum(1)
 
 
 def knn_correct(
@@ -96,19 +71,14 @@ def knn_correct(
         ks: numbers of neighbours; a k above M - 1 takes all others.
         temperature: a neighbour's vote is exp(cosine / temperature).
     """
-    count, classes = len(labels), int(labels.max()) + 1
-    one_hot = functional.one_hot(torch.as_tensor(labels), classes).float().to(features.device)
-    right: dict[int, list[NDArray[np.bool_]]] = {k: [] for k in ks}
-    for start in range(0, count, 1024):
-        rows = torch.arange(start, min(start + 1024, count), device=features.device)
-        similarity = features[rows] @ features.T
-        similarity[torch.arange(len(rows)), rows] = -torch.inf  # an image does not vote for itself
-        top, nearest = similarity.topk(min(max(ks), count - 1), dim=1)
-        votes = (top / temperature).exp()[:, :, None] * one_hot[nearest]
-        for k in ks:
-            guess = votes[:, :k].sum(1).argmax(1).cpu().numpy()
-            right[k].append(guess == labels[rows.cpu().numpy()])
-    return {k: np.concatenate(parts) for k, parts in right.items()}
+    truth = torch.as_tensor(labels, device=features.device)
+    cosines, places = nearest(features, max(ks))
+    classes = int(labels.max()) + 1
+    right = {}
+    for k in ks:
+        guesses, _ = vote(cosines, truth[places], k=k, temperature=temperature, num_classes=classes)
+        right[k] = (guesses == truth).cpu().numpy()
+    return right
 
 
 class OnlineKnn:
@@ -185,16 +155,3 @@ class OnlineKnn:
             temperature=_TEMPERATURE,
         )
         return float(right[_NEIGHBOURS].mean())
-
-
-def _read_labels(url: str) -> dict[str, str]:
-    folder, _, name = url.rpartition("/")
-    text = bytes(open_store(folder or ".").read(name)).decode("utf-8-sig")
-    rows = csv.DictReader(io.StringIO(text))
-    if not {"uri", "label"} <= set(rows.fieldnames or ()):
-        raise EvaluationError(
-            f"{url}: the first line must be 'uri,label', not {text.partition(chr(10))[0]!r}"
-        )
-    labels = {row["uri"]: row["label"] for row in rows}
-    logger.info("%s: %d labels of %d classes", url, len(labels), len(Counter(labels.values())))
-    return labels

@@ -1,13 +1,11 @@
 """The one page about a run: self-contained HTML that needs no network to look at."""
 
-import base64
 import dataclasses
 import io
 import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,7 @@ from typing import Any
 import jinja2
 import matplotlib
 import numpy as np
-import pyarrow as pa
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
 from moco_scale.config import TrainConfig, read_run_config, to_mapping
 from moco_scale.errors import TrainError
@@ -30,7 +24,8 @@ from moco_scale.metrics import (
     read_quarantine,
     what_figures_mean,
 )
-from pipelines import IMAGE_MEAN, IMAGE_STD, iterate_once, open_loader
+from moco_scale.pictures import Picture, data_url, pictures_of, to_pixels
+from pipelines import open_loader
 from shards import ShardSet, open_store
 from shards.errors import NotFoundError
 
@@ -45,15 +40,6 @@ _HEALTH = {
     "knn_accuracy": "online kNN accuracy",
 }
 """Titles of the curves about the embeddings, by their name in the metrics."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """An image inside the page."""
-
-    src: str
-    """data: URL of a JPEG."""
-    alt: str
 
 
 def write_report(run_url: str, *, out: Path | None = None) -> str:
@@ -242,32 +228,15 @@ def _view_pairs(config: TrainConfig) -> list[tuple[str, str]]:
     finally:
         loader.close()
     shown = min(_SHOWN_PAIRS, len(batch.view_q))
-    queries, keys = _pixels(batch.view_q[:shown]), _pixels(batch.view_k[:shown])
-    return [(_data_url(q), _data_url(k)) for q, k in zip(queries, keys, strict=True)]
+    queries, keys = to_pixels(batch.view_q[:shown]), to_pixels(batch.view_k[:shown])
+    return [(data_url(q), data_url(k)) for q, k in zip(queries, keys, strict=True)]
 
 
 def _neighbours(evaluation: dict[str, Any], config: TrainConfig) -> list[list[Picture]]:
     rows = [[int(query), *found] for query, found in evaluation["neighbours"].items()]
-    wanted = np.unique(np.array([sample for row in rows for sample in row], dtype=np.int64))
+    wanted = {sample for row in rows for sample in row}
     on = ShardSet.open(evaluation["shards"])
-    table = on.table(columns=["uri"])
-    is_wanted = pa.array(np.isin(table.column("sample_id").to_numpy(), wanted))
-    named = table.filter(is_wanted).to_pydict()
-    uris = dict(zip(named["sample_id"], named["uri"], strict=True))
-    pictures: dict[int, Picture] = {}
-    batches = iterate_once(
-        on,
-        ordinals=wanted,
-        view_size=96,
-        batch_size=64,
-        loader=config.data.loader,
-        num_threads=1,
-        device_index=None,
-    )
-    for sample_ids, images in batches:
-        for sample, image in zip(sample_ids.tolist(), _pixels(images), strict=True):
-            name = uris[sample].rpartition("/")[2]
-            pictures[sample] = Picture(src=_data_url(image), alt=name)
+    pictures = pictures_of(on, wanted, loader=config.data.loader)
     return [[pictures[sample] for sample in row if sample in pictures] for row in rows]
 
 
@@ -300,17 +269,3 @@ def _versions() -> list[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _pixels(images: Tensor) -> NDArray[np.uint8]:
-    """N x S x S x 3 bytes out of N x 3 x S x S normalised floats."""
-    values = images.permute(0, 2, 3, 1).float().cpu().numpy()
-    unit = values * np.asarray(IMAGE_STD) + np.asarray(IMAGE_MEAN)
-    pixels: NDArray[np.uint8] = (255 * unit).round().clip(0, 255).astype(np.uint8)
-    return pixels
-
-
-def _data_url(pixels: NDArray[np.uint8]) -> str:
-    drawn = io.BytesIO()
-    Image.fromarray(pixels).save(drawn, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(drawn.getvalue()).decode()

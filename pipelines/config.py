@@ -22,8 +22,9 @@ class DataConfig:
     """Lanes A = lanes_per_slot x global_batch_size; fixed for the life of a run."""
     block_samples: int = 64
     """Consecutive samples of a shard that one range request reads."""
-    recipe: Literal["v1", "v2", "v2_gray", "cifar", "digits"] = "v2"
-    """Augmentation: the paper's (v1), MoCo v2's, v2 for grey images with no upright, or digits."""
+    recipe: Literal["v1", "v2", "v2_gray", "cifar", "digits", "crop_flip"] = "v2"
+    """Augmentation: the paper's (v1), MoCo v2's, v2 for grey images with no upright, digits, or
+    crop and flip alone, as linear probes are trained."""
     view_size: int = 224
     """Height and width of a view, in pixels."""
     min_crop_area_frac: float = 0.2

@@ -73,6 +73,8 @@ RECIPES = {
     ),
     # A mirrored or blurred digit is another digit.
     "digits": ViewRecipe(jitter_prob=0.8, brightness=0.4, contrast=0.4),
+    # He et al. 2019 (section 4.1): what the linear classifier is trained on.
+    "crop_flip": ViewRecipe(flip_horizontal_prob=0.5),
 }  # fmt: skip
 
 
