@@ -31,25 +31,39 @@ def pictures_of(
     shard_set: ShardSet, sample_ids: Iterable[int], *, loader: Literal["auto", "dali", "cpu"]
 ) -> dict[int, Picture]:
     """The evaluation view of each sample at 96 pixels; one that cannot be decoded is missing."""
-    wanted = np.unique(np.fromiter(sample_ids, dtype=np.int64))
+    drawn = thumbnails(shard_set, sample_ids, side=_SIDE, loader=loader)
     table = shard_set.table(columns=["uri"])
-    is_wanted = pa.array(np.isin(table.column("sample_id").to_numpy(), wanted))
+    is_wanted = pa.array(np.isin(table.column("sample_id").to_numpy(), list(drawn)))
     named = table.filter(is_wanted).to_pydict()
     uris = dict(zip(named["sample_id"], named["uri"], strict=True))
-    pictures: dict[int, Picture] = {}
-    for ids, images in iterate_once(
+    return {
+        sample: Picture(src=src, alt=uris[sample].rpartition("/")[2])
+        for sample, src in drawn.items()
+    }
+
+
+def thumbnails(
+    shard_set: ShardSet,
+    sample_ids: Iterable[int],
+    *,
+    side: int,
+    loader: Literal["auto", "dali", "cpu"],
+) -> dict[int, str]:
+    """data: URLs of evaluation views, by sample id; what cannot be decoded is left out."""
+    batches = iterate_once(
         shard_set,
-        ordinals=wanted,
-        view_size=_SIDE,
+        ordinals=np.array(sorted(set(sample_ids)), dtype=np.int64),
+        view_size=side,
         batch_size=64,
         loader=loader,
         num_threads=1,
         device_index=None,
-    ):
-        for sample, pixels in zip(ids.tolist(), to_pixels(images), strict=True):
-            name = uris[sample].rpartition("/")[2]
-            pictures[sample] = Picture(src=data_url(pixels), alt=name)
-    return pictures
+    )
+    return {
+        sample: data_url(image)
+        for ids, images in batches
+        for sample, image in zip(ids.tolist(), to_pixels(images), strict=True)
+    }
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:
