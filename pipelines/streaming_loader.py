@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Literal, TypeVar
 
@@ -449,6 +449,8 @@ def iterate_once(
     num_threads: int,
     device_index: int | None,
     local_world_size: int = 1,
+    shards: Sequence[int] | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Generator[tuple[NDArray[np.int64], Tensor], None, None]:
     """Every sample once, in ordinal order, as the evaluation view: sample ids and N x 3 x S x S.
 
@@ -459,6 +461,9 @@ def iterate_once(
         ordinals: the sample ids wanted, in any order; None for all.
         num_threads: decoding threads; 0 for the cores of this machine divided by its ranks.
         local_world_size: ranks on this machine that do this at the same time.
+        shards: numbers of the shards wanted, whole, and one after another; no batch holds samples
+            of two. In place of `ordinals`, which for very many samples take memory.
+        quarantine: gets the bad samples, those of a batch before the batch is given out.
 
     Raises:
         StoreError: the store failed for longer than the shard set was opened to bear.
@@ -466,9 +471,15 @@ def iterate_once(
     """
     wanted = None if ordinals is None else np.unique(ordinals)
     count = shard_set.num_samples if wanted is None else len(wanted)
+    needs = _ordinal_needs(shard_set, wanted, batch_size)
+    if shards is not None:
+        assert ordinals is None, "whole shards, or single samples"
+        count = int(shard_set.samples[list(shards)].sum())
+        needs = _shard_needs(shard_set, shards, batch_size)
     # A block is one request; where few are wanted, the samples between them are not worth reading.
-    block = _EVALUATION_BLOCK if count * 8 >= shard_set.num_samples else 1
-    quarantine = Quarantine(max_bad_frac=1.0, world_size=1)
+    is_dense = shards is not None or count * 8 >= shard_set.num_samples
+    block = _EVALUATION_BLOCK if is_dense else 1
+    quarantine = quarantine or Quarantine(max_bad_frac=1.0, world_size=1)
     maker = open_view_maker(
         _evaluation_draw,
         loader=loader,
@@ -482,7 +493,7 @@ def iterate_once(
     )
     stream = Stream(
         {0: Source(shard_set=shard_set, first_id=0)},
-        _ordinal_needs(shard_set, wanted, batch_size),
+        needs,
         num_lanes=1,
         block=block,
         seed=0,
@@ -536,6 +547,23 @@ def _ordinal_needs(
             )
             start += len(part)
             shards, members = shards[batch_size:], members[batch_size:]
+
+
+def _shard_needs(shard_set: ShardSet, shards: Sequence[int], batch_size: int) -> Iterator[Need]:
+    start = 0
+    for shard in shards:
+        count = int(shard_set.samples[shard])
+        for first in range(0, count, batch_size):
+            members = np.arange(first, min(first + batch_size, count), dtype=np.int64)
+            nothing = np.zeros(len(members), dtype=np.int64)
+            yield Need(
+                positions=np.arange(start, start + len(members), dtype=np.int64),
+                lanes=nothing,
+                sources=nothing,
+                shards=nothing + shard,
+                members=members,
+            )
+            start += len(members)
 
 
 def _live_members(

@@ -24,7 +24,7 @@ from pipelines import (
 )
 from pipelines.cpu_loader import CpuViews
 from pipelines.order import Order
-from pipelines.quarantine import candidates
+from pipelines.quarantine import Quarantine, candidates
 from pipelines.streaming_loader import StreamingLoader
 from shards import ShardSet
 from shards.errors import NotFoundError
@@ -523,6 +523,37 @@ def test_iterate_once_leaves_out_bad_samples_and_says_so(
     assert served == [i for i in range(59) if i != png]
     assert [len(ids) for ids, _ in parts] == [58]
     assert "2 of 60 samples" in caplog.text
+
+
+def test_iterate_once_gives_whole_shards_one_after_another(own_shard_set: ShardSet) -> None:
+    sizes = own_shard_set.slots.tolist()
+    assert len(sizes) > 2, "or no shard is left out"
+    first = own_shard_set.first_ordinal.tolist()
+    bad = first[2] + 1
+    broken = overwrite(own_shard_set, bad, flip_a_byte(stored(own_shard_set, bad)))
+    quarantine = Quarantine(max_bad_frac=1.0, world_size=1)
+
+    parts = [
+        ids.tolist()
+        for ids, _ in iterate_once(
+            broken,
+            ordinals=None,
+            shards=[2, 0],
+            view_size=24,
+            batch_size=7,
+            loader="cpu",
+            num_threads=1,
+            device_index=None,
+            quarantine=quarantine,
+        )
+    ]
+
+    wanted = [first[shard] + place for shard in (2, 0) for place in range(sizes[shard])]
+    assert [one for part in parts for one in part] == [one for one in wanted if one != bad]
+    for part in parts:
+        shards = np.searchsorted(own_shard_set.first_ordinal, part, side="right")
+        assert len(set(shards.tolist())) == 1
+    assert [one.sample_id for one in quarantine.records()] == [bad]
 
 
 def test_iterate_once_stopped_early_leaves_no_thread(shard_set: ShardSet) -> None:
