@@ -15,7 +15,14 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moco_scale import cli_evaluate, cli_export, cli_forecast, cli_shards, cli_shuffle
+from moco_scale import (
+    cli_embed,
+    cli_evaluate,
+    cli_export,
+    cli_forecast,
+    cli_shards,
+    cli_shuffle,
+)
 from moco_scale.errors import EXIT_AGAIN, LostRankError
 from moco_scale.settings import UsageError, parse_flags
 from shards.errors import UserError
@@ -46,6 +53,8 @@ training
                              train an encoder; also under torchrun:
                              torchrun --nproc-per-node 8 -m moco_scale pretrain ...
   evaluate RUN --on DATA     kNN, linear probe, few shots, retrieval; beside no learning
+  embed SHARD_SET --run RUN --to URL
+                             features of every image as Parquet; also under torchrun
   report RUN                 one self-contained HTML page about a run
   profile --data SHARD_SET   which stage is the limit, and which flag to change
   export RUN --format timm --to URL
@@ -75,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shuffle": cli_shuffle.run_shuffle,
         "pretrain": _pretrain,
         "evaluate": cli_evaluate.run_evaluate,
+        "embed": cli_embed.run_embed,
         "report": _report,
         "profile": _profile,
         "export": cli_export.run_export,

@@ -5,6 +5,7 @@ TrainError              one line: what, where, what to do
     CheckpointError     a checkpoint that is missing, torn, or of another model
     EvaluationError     labels or features that cannot be scored
     ExportError         a format that does not fit the encoder, or another export in the place
+    EmbedError          features that cannot be made, or others' in their place
     LostRankError       another process of the run is gone or silent; worth another start
 """
 
@@ -32,6 +33,10 @@ class EvaluationError(TrainError):
 
 class ExportError(TrainError):
     """A format that does not fit the encoder, or another export in the place."""
+
+
+class EmbedError(TrainError):
+    """Features that cannot be made, or others' in their place."""
 
 
 class LostRankError(TrainError):
