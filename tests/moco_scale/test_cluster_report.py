@@ -18,7 +18,7 @@ from shards.store import open_store
 from tests.support.embeddings import make_embedding, save_run
 from tests.support.shard_sets import overwrite, stored
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 HOSTILE = "a&b <img src=x onerror=alert(1)> \"'.png"
 

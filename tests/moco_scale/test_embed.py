@@ -41,7 +41,7 @@ from tests.support.shard_sets import (
     undecodable,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 COUNT, SHARD_SAMPLES = 50, 8  # seven shards, the last of two
 
@@ -182,6 +182,7 @@ def _dies(_: Ranks, shard_set: str, run: str, to: str, after: int) -> None:
     make_embedding(shard_set, run, to, progress=kill)
 
 
+@pytest.mark.timeout(300)  # eleven processes that load torch, on a busy machine
 def test_killed_ten_times_it_ends_with_the_same_bytes(
     run: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

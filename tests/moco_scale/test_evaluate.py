@@ -30,7 +30,7 @@ from shards.takedown import takedown
 from tests.support.distributed import run_distributed
 from tests.support.made_runs import COLOURS, coloured, make_folders, make_run
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 EACH = 14
 QUICK = EvaluateConfig(k=(3, 10), seeds=(0, 1), draws=2, bootstrap=50, num_threads=1, probe="none")

@@ -40,7 +40,7 @@ from tests.support.made_profile import (
     store_bound_profile,
 )
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 STORE_BOUND, MINIMAL = store_bound_profile(hostname=HOSTILE), minimal_profile()
 FASTER = store_bound_profile(times=1.4)

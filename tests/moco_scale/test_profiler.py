@@ -179,7 +179,7 @@ def profiled(plant: Plant, url: str, *, apply: bool = False) -> Profile:
 
 
 @pytest.mark.s3
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["store of 1 MB/s", "slow augmentation", "slow step"])
 def test_a_planted_bottleneck_is_found_by_name(
     name: str, sets: dict[str, str], s3: LocalS3, monkeypatch: pytest.MonkeyPatch
@@ -258,7 +258,7 @@ def command(*arguments: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_command_prints_a_verdict_and_leaves_a_profile_and_a_page(
     sets: dict[str, str], tmp_path: Path
 ) -> None:
@@ -293,7 +293,7 @@ def test_the_command_prints_a_verdict_and_leaves_a_profile_and_a_page(
     assert "runs out first" in rates.stdout
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -330,7 +330,7 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.s3
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_store_that_dies_leaves_one_line_and_no_profile(
     sets: dict[str, str], s3: LocalS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ from tests.support.distributed import run_distributed
 from tests.support.fake_loader import FakeLoader
 from tests.support.shard_sets import make_shard_set
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 BATCH = 16
 
 

@@ -20,7 +20,7 @@ from tests.moco_scale.test_step import MODEL, small_encoder
 from tests.support.distributed import run_distributed
 from tests.support.fake_loader import FakeLoader
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 def told(own: list[list[float]], *, phase: str = FORWARD) -> list[RankSeconds]:

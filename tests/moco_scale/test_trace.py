@@ -11,7 +11,7 @@ from moco_scale.profiles import Moment
 from moco_scale.trace import trace_bytes
 from pipelines.spans import Span
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(240)
 MOMENT = Moment(
     second=0.5,
     cpu_frac=0.25,

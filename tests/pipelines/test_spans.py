@@ -22,7 +22,7 @@ from pipelines.spans import (
 )
 from shards import ShardSet
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 BATCH, STEPS = 8, 6
 
 
