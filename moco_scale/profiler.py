@@ -44,6 +44,7 @@ from pipelines.view_maker import ToDevice
 
 _WARM_UP_STEPS = PLANNED_AT_MOST + 4
 """Batches that a loader may have planned ahead, or ready: those come faster than the ones after."""
+_WARM_UP_ALONE = 4
 _LEAST_STEPS, _MOST_STEPS = 6, 2000
 _MOST_TIMES = 6
 """A slow step is measured for so many times the seconds asked for, and no longer."""
@@ -225,10 +226,10 @@ class _Profiler:
         with self._training(
             self._config, lambda loader: HeadspaceLoader(loader, global_batch_size=size)
         ) as (trainer, _):
+            steps = self._steps(trainer, warm_up=_WARM_UP_ALONE)
             cpu_began = time.process_time()
-            steps = self._steps(trainer, warm_up=2)
-            cpu_s = time.process_time() - cpu_began
             seconds = [self._advance(trainer) for _ in range(steps)]
+            cpu_s = time.process_time() - cpu_began
         per_rank = size // self._ranks.world_size
         rates = sorted(per_rank / one for one in seconds)
         middle = per_rank / statistics.median(seconds)
@@ -239,7 +240,7 @@ class _Profiler:
             low=rates[len(rates) // 4],
             high=rates[-1 - len(rates) // 4],
             bytes_per_s=None,
-            cpu_s_per_1000=1000 * cpu_s / (per_rank * max(1, trainer.step - steps)),
+            cpu_s_per_1000=1000 * cpu_s / (per_rank * steps),
             call=Quantiles.of(seconds),
         )
 
@@ -340,7 +341,9 @@ class _Profiler:
         models = [model_of(run, cores=stages.cores, share_of_decode=share) for run in runs]
         # Rank 0's, since all ranks go on to measure the same things.
         verdict = broadcast_object(verdict_of(runs, models), self._ranks)
-        advice, advised = self._advise(verdict, mean_model(models), stages, alone)
+        # A process that waits polls: the CPU-seconds of the work are those of the stages alone.
+        model = replace(mean_model(models), cpu_s=_cpu_s(alone, stages))
+        advice, advised = self._advise(verdict, model, stages, alone)
         return replace(verdict, advice=tuple(advice)), advised
 
     def _advise(
@@ -583,6 +586,16 @@ def _find(alone: Sequence[Alone], stage: str, workers: int) -> Alone:
 def _both(decode: Alone, augment: Alone) -> float:
     """Samples/s of threads that take turns at the two."""
     return 1 / (1 / decode.samples_per_s + 1 / augment.samples_per_s)
+
+
+def _cpu_s(alone: Sequence[Alone], stages: Stages) -> float:
+    """CPU-seconds of a sample, of all stages as they are set."""
+    reads = stages.config.read_threads
+    workers = {STORE: reads, CHECK: min(reads, stages.cores), DECODE: stages.num_threads}
+    workers[AUGMENT] = stages.num_threads
+    return sum(
+        one.cpu_s_per_1000 / 1000 for one in alone if one.workers == workers.get(one.stage, 1)
+    )
 
 
 def _share_of_decode(alone: Sequence[Alone], stages: Stages) -> float:

@@ -328,7 +328,7 @@ def read_profile(path: Path | str) -> Profile:
 _PARTS = {
     STORE: ("read",),
     CHECK: ("check",),
-    HAND_OVER: ("plan", "assemble", "feed"),
+    HAND_OVER: ("plan", "assemble"),
     DECODE: ("decode",),
     AUGMENT: ("augment",),
     TRANSFER: ("transfer",),
@@ -356,7 +356,7 @@ def in_run(spans: Sequence[Span], *, start_s: float, end_s: float) -> tuple[InRu
     found = []
     for stage, names in _PARTS.items():
         if stage == DECODE and not by_name.get("decode"):
-            names = ("make",)  # DALI does not tell decoding from augmenting
+            names = ("make", "feed")  # DALI does not tell decoding from augmenting
         work = [one for name in names for one in by_name.get(name, ())]
         if not work:
             continue

@@ -125,7 +125,8 @@ def model_of(run: Run, *, cores: int, share_of_decode: float | None = None) -> M
     stream = stages.get(HAND_OVER)
     if stream is not None:
         own = max(0.0, wall_s - _total(stream.wait_to_put))
-        waits_s = min(own, _total(stream.wait_to_get))
+        # Not the sum of its waits: those at the ends of a repeat are not recorded.
+        waits_s = own - min(own, thread_s(HAND_OVER))
         read_s, check_s = thread_s(STORE), thread_s(CHECK)
         share = read_s / max(read_s + check_s, 1e-12)
         found[HAND_OVER] = own - waits_s
