@@ -10,8 +10,9 @@ from moco_scale.config import CONFIG_FILE, TrainConfig, load_config, to_mapping
 from moco_scale.distributed import Ranks, broadcast_object
 from moco_scale.errors import EXIT_AGAIN
 from moco_scale.metrics import StepMetrics
-from moco_scale.trainer import STOP_SIGNALS, Trainer
-from pipelines import open_loader
+from moco_scale.trainer import STOP_SIGNALS, Trainer, silence
+from pipelines import Loader, open_loader
+from pipelines.view_maker import ToDevice
 from shards import open_store
 
 
@@ -32,9 +33,26 @@ def pretrain(
     ranks = distributed.start(config.run.device, timeout_s=config.run.collective_timeout_s)
     try:
         config.validate(world_size=ranks.world_size)
-        return _train(config, ranks, show=show, say=say if ranks.speaks else _silence)
+        return _train(config, ranks, show=show, say=say if ranks.speaks else silence)
     finally:
         distributed.shutdown()
+
+
+def open_run_loader(
+    config: TrainConfig, ranks: Ranks, *, to_device: ToDevice | None = None
+) -> Loader:
+    """The loader of this rank, its threads recorded by `ranks.spans`; see `open_loader`."""
+    return open_loader(
+        config.data,
+        seed=config.run.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_index=ranks.device_index,
+        local_world_size=ranks.local_world_size,
+        agree=lambda value: broadcast_object(value, ranks),
+        spans=ranks.spans,
+        to_device=to_device,
+    )
 
 
 def _train(
@@ -44,16 +62,7 @@ def _train(
     show: Callable[[StepMetrics], None],
     say: Callable[[str], None],
 ) -> int:
-    loader = open_loader(
-        config.data,
-        seed=config.run.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device_index=ranks.device_index,
-        local_world_size=ranks.local_world_size,
-        agree=lambda value: broadcast_object(value, ranks),
-        spans=ranks.spans,
-    )
+    loader = open_run_loader(config, ranks)
     try:
         trainer = Trainer(
             data=config.data,
@@ -98,7 +107,3 @@ def _train(
         return 0
     finally:
         loader.close()
-
-
-def _silence(_: str) -> None:
-    """What a rank other than 0 says."""

@@ -16,6 +16,7 @@ from moco_scale.config import TrainConfig, to_mapping
 from moco_scale.distributed import Ranks, barrier, broadcast_object
 from moco_scale.errors import ConfigError
 from moco_scale.forecast import PLANNED_AT_MOST
+from moco_scale.pretrain import open_run_loader
 from moco_scale.profiles import (
     AUGMENT,
     CHECK,
@@ -34,11 +35,10 @@ from moco_scale.profiles import (
     about,
 )
 from moco_scale.recording import Recording, accelerator_of
-from moco_scale.trainer import RunConfig, Trainer
+from moco_scale.trainer import RunConfig, Trainer, silence
 from moco_scale.verdict import Model, mean_model, model_of, stage_of, verdict_of
 from pipelines.loader import Loader
 from pipelines.stages import Stages, Timing
-from pipelines.streaming_loader import open_loader
 from pipelines.synthetic import HeadspaceLoader
 from pipelines.view_maker import ToDevice
 
@@ -119,7 +119,7 @@ class _Profiler:
         self._config = config
         self._options = options
         self._ranks = ranks
-        self._say = say if ranks.speaks else _silence
+        self._say = say if ranks.speaks else silence
         self._encoder = encoder
         self._to_device = to_device
         self._notes: list[str] = []
@@ -293,19 +293,7 @@ class _Profiler:
     ) -> Iterator[tuple[Trainer, Loader]]:
         """A trainer that has begun, in a folder that is gone afterwards."""
         ranks = self._ranks
-        loader = through(
-            open_loader(
-                config.data,
-                seed=config.run.seed,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                device_index=ranks.device_index,
-                local_world_size=ranks.local_world_size,
-                agree=lambda value: broadcast_object(value, ranks),
-                spans=ranks.spans,
-                to_device=self._to_device,
-            )
-        )
+        loader = through(open_run_loader(config, ranks, to_device=self._to_device))
         with tempfile.TemporaryDirectory(prefix="moco-scale-profile-") as folder, closing(loader):
             trainer = Trainer(
                 data=config.data,
@@ -656,7 +644,3 @@ def _only_steps(run: RunConfig, folder: str) -> RunConfig:
         torch_profile_ranks=(),
         max_steps=0,
     )
-
-
-def _silence(_: str) -> None:
-    """What a rank other than 0 says."""

@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import logging
-import os
 import socket
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from moco_scale.trace import trace_bytes
 from moco_scale.verdict import model_of, verdict_of
 from pipelines.loader import Loader
 from pipelines.spans import VIEWS, Span
+from pipelines.streaming_loader import threads_of_a_rank
 from shards.errors import StoreError
 from shards.store import Store
 
@@ -133,7 +133,8 @@ class StepRecorder:
             self._say(line.format(folder=self._store.uri(FOLDER)))
 
     def _profile(self, run: Run) -> Profile:
-        ranks, cores = self._ranks, cores_of(self._ranks)
+        ranks = self._ranks
+        cores = threads_of_a_rank(ranks.local_world_size)
         return Profile(
             about=about(" ".join(sys.argv), accelerator=accelerator_of(ranks)),
             settings=self._settings,
@@ -163,7 +164,9 @@ class Recording:
         # The moment that is 0 in all traces, by the clock that hosts share.
         zero = broadcast_object(time.time(), ranks)
         self.zero_s = time.perf_counter() - (time.time() - zero)
-        self.sampler = Sampler(loader, cores=cores_of(ranks), device=ranks.device)
+        self.sampler = Sampler(
+            loader, cores=threads_of_a_rank(ranks.local_world_size), device=ranks.device
+        )
         self._torch = _torch_profiler(ranks.device) if uses_torch else None
         if self._torch is not None:
             self._torch.start()
@@ -264,11 +267,6 @@ def _exported(profiler: "torch.profiler.profile") -> bytes:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         return gzip.compress(path.read_bytes(), compresslevel=3, mtime=0)
-
-
-def cores_of(ranks: Ranks) -> int:
-    """That this process may use: its part of the host's."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
 
 
 def accelerator_of(ranks: Ranks) -> str | None:

@@ -264,7 +264,7 @@ class Trainer:
             ranks=ranks,
             store=self.store,
             settings=self.config,
-            say=say or _silence,
+            say=say or silence,
         )
         self._resume()
 
@@ -650,7 +650,7 @@ class Trainer:
             raise
 
 
-def _silence(_: str) -> None:
+def silence(_: str) -> None:
     """For who does not listen."""
 
 

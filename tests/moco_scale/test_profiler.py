@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,6 @@ class Plant:
     flag: str = ""
     """That is to be advised."""
     view_size: int = 32
-    read: dict[str, str] = field(default_factory=dict)
 
 
 def slow_copy(bytes_per_s: float) -> ToDevice:
