@@ -317,8 +317,7 @@ class Stream:
         if self._alone and self._fits(int(self._block * self._sample_bytes)):
             # When an epoch begins all lanes change blocks at once, and the old ones are in use for
             # some batches still: what had no room then has it soon.
-            entered = set(self._lane_key.tolist())
-            wanted += [key for key in self._alone if key in entered and self._is_half_left(key)]
+            wanted += [key for key in self._alone if key in here and self._is_half_left(key)]
         for key in wanted:
             if self._live.get(key) is None:
                 self._live[key] = self._admit(key)

@@ -220,6 +220,22 @@ def test_a_new_version_enters_at_an_epochs_start_and_a_resumed_run_agrees(tmp_pa
         assert_same(take(loader, 53), following + eleventh)
 
 
+def test_a_new_version_enters_where_memory_is_short_and_a_step_takes_few_of_the_lanes(
+    tmp_path: Path,
+) -> None:
+    shard_set = make_shard_set(tmp_path, count=240, shard_samples=40)
+    config = dataclasses.replace(
+        settings(shard_set, loader="cpu"),
+        lanes_per_slot=16, block_samples=4, buffer_bytes=500_000,
+    )  # fmt: skip
+    row = {"shard": 0, "position": 1, "reason": "takedown", "detail": ""}
+    with opened(config) as loader:
+        next(loader)
+        shard_set.bury(pa.Table.from_pylist([row], schema=DEAD))
+        while loader.state_dict()["sets"][0]["version"] == 1 or loader.epoch < 12:
+            next(loader)
+
+
 def test_ranks_take_the_version_that_rank_0_found(tmp_path: Path) -> None:
     shard_set = make_shard_set(tmp_path, count=40, shard_samples=16)
     row = {"shard": 0, "position": 1, "reason": "takedown", "detail": ""}
