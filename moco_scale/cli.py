@@ -5,6 +5,7 @@ and saved, or another process of the run was lost.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,12 +105,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler.setFormatter(_OneLine("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        return commands[name](rest)
+        code = commands[name](rest)
+        sys.stdout.flush()
+        return code
     except UserError as err:
         print(f"moco-scale {name}: error: {shown(str(err))}", file=sys.stderr)
         if isinstance(err, LostRankError):
             return EXIT_AGAIN
         return 2 if isinstance(err, UsageError) else 1
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return 1  # as rich does, where it prints
     except OSError as err:  # a scratch folder, a file to write: what stores raise is a UserError
         where = f"{err.filename}: " if err.filename else ""
         print(

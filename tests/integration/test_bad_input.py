@@ -227,3 +227,17 @@ def test_help_needs_no_credentials(tmp_path: Path) -> None:
         shown = moco_scale(command, "--help", env=nothing)
         assert shown.returncode == 0, shown.stderr
         assert "usage" in shown.stdout.lower()
+
+
+def test_a_reader_that_goes_early_is_no_error(line: Line) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does
+    try:
+        result = subprocess.run(
+            [*MOCO_SCALE, "verify", line.shard_set, "--json"],
+            stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+
+    assert (result.returncode, result.stderr) == (1, "")
