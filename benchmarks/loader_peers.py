@@ -63,8 +63,10 @@ def image_folder(places: Places) -> str:
     """What torchvision's ImageFolder wants: a folder for each class."""
     root = places.photos.with_name(f"{places.photos.name}-classes")
     root.mkdir(exist_ok=True)
-    if not (root / "photos").is_symlink():
-        (root / "photos").symlink_to(places.photos)
+    link, photos = root / "photos", places.photos.resolve()
+    if not link.exists():  # or it leads to where a checkout was
+        link.unlink(missing_ok=True)
+        link.symlink_to(photos)
     return str(root)
 
 
