@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moco_scale.checkpoint import Checkpoint, UnfinishedError, latest, load_checkpoint
-from moco_scale.config import TrainConfig
 from moco_scale.distributed import Ranks, broadcast_object
 from moco_scale.embedding import (
     FEATURES,
@@ -42,9 +40,9 @@ from moco_scale.embedding import (
     read_whole,
     write_shard,
 )
-from moco_scale.encoders import build_encoder, pooled_features
+from moco_scale.encoders import pooled_features
 from moco_scale.errors import CheckpointError, ConfigError, EmbedError
-from moco_scale.settings import from_mapping
+from moco_scale.trained import Trained, open_trained, trained_encoder
 from pipelines import IMAGE_MEAN, IMAGE_STD, BadSample, iterate_once
 from pipelines.quarantine import Quarantine
 from shards import ShardSet, UserError, open_store
@@ -133,37 +131,9 @@ def embed(
         return whole if ranks.speaks else None
     mine = work.missing[ranks.rank :: ranks.world_size]
     if mine:
-        encoder = load_encoder(load_checkpoint(work.provenance.checkpoint)).to(ranks.device)
+        encoder = trained_encoder(open_trained(work.provenance.checkpoint)).to(ranks.device)
         _embed_shards(store, work, shard_set, mine, encoder, config, ranks, progress)
     return _finish(store, shard_set, work.provenance)
-
-
-def load_encoder(checkpoint: Checkpoint) -> nn.Module:
-    """The query encoder of a checkpoint, in evaluation mode, on the CPU.
-
-    Raises:
-        CheckpointError: its weights are not those of the architecture that its settings name.
-    """
-    config = from_mapping(TrainConfig, checkpoint.config)
-    encoder = build_encoder(config.model, seed=config.run.seed)
-    prefix = "encoder_q."
-    weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in checkpoint.model.items()
-        if name.startswith(prefix)
-    }
-    wanted = encoder.state_dict()
-    for name in [*wanted, *weights]:
-        shapes = [tuple(one[name].shape) if name in one else None for one in (weights, wanted)]
-        if shapes[0] != shapes[1]:
-            has, needs = (f"of shape {shape}" if shape else "none" for shape in shapes)
-            raise CheckpointError(
-                f"{checkpoint.url} is of another architecture than its model.backbone "
-                f"{config.model.backbone!r}: of {prefix}{name} it has {has}, that needs {needs}; "
-                "give a checkpoint that 'moco-scale pretrain' wrote"
-            )
-    encoder.load_state_dict(weights)
-    return encoder.eval()
 
 
 @torch.inference_mode()
@@ -211,8 +181,8 @@ def _begin(store: Store, shard_set_url: str, run: str, config: EmbedConfig) -> _
         shard_set = newest.at(before.version)
     if not shard_set.num_samples:
         raise EmbedError(f"{shard_set.url} has no live samples: there is nothing to embed")
-    checkpoint = _checkpoint(run, before, where=store.url)
-    provenance = _provenance(run, checkpoint, load_encoder(checkpoint), shard_set, config)
+    trained = _opened(run, before, where=store.url)
+    provenance = _provenance(run, trained, shard_set, config)
     if before is None:
         if numbers_in(store, FEATURES):
             raise EmbedError(
@@ -236,21 +206,13 @@ def _begin(store: Store, shard_set_url: str, run: str, config: EmbedConfig) -> _
     )
 
 
-def _checkpoint(run: str, before: Provenance | None, *, where: str) -> Checkpoint:
-    """The one asked for; of a run its newest, or that which the features were begun with."""
-    is_file = run.endswith((".pt", ".pth", ".tar"))
+def _opened(run: str, before: Provenance | None, *, where: str) -> Trained:
+    """What was asked for; of a run its newest checkpoint, or that which the features were begun
+    with."""
+    if before is None or before.run != run:
+        return open_trained(run)
     try:
-        if is_file:
-            return load_checkpoint(run)
-        if before is None or before.run != run:
-            return latest(open_store(run))
-    except UnfinishedError as err:
-        raise CheckpointError(
-            f"{run} is no whole checkpoint of moco-scale (they have a .sha256 beside them); give "
-            "a checkpoint that 'moco-scale pretrain' wrote, or its run"
-        ) from err
-    try:
-        return load_checkpoint(before.checkpoint)
+        return open_trained(before.checkpoint)
     except CheckpointError as err:
         raise EmbedError(
             f"{where} was begun with {before.checkpoint}, which is gone or torn; give another --to "
@@ -258,23 +220,21 @@ def _checkpoint(run: str, before: Provenance | None, *, where: str) -> Checkpoin
         ) from err
 
 
-def _provenance(
-    run: str, checkpoint: Checkpoint, encoder: nn.Module, shard_set: ShardSet, config: EmbedConfig
-) -> Provenance:
-    trained = from_mapping(TrainConfig, checkpoint.config)
-    view_size = config.view_size or trained.data.view_size
+def _provenance(run: str, trained: Trained, shard_set: ShardSet, config: EmbedConfig) -> Provenance:
+    encoder, backbone = trained_encoder(trained), trained.config.model.backbone
+    view_size = config.view_size or trained.config.data.view_size
     return Provenance(
         format=FORMAT,
         run=run,
-        checkpoint=checkpoint.url,
-        step=checkpoint.step,
+        checkpoint=trained.checkpoint.url,
+        step=trained.checkpoint.step,
         weights=_digest(encoder),
-        backbone=trained.model.backbone,
+        backbone=backbone,
         shard_set=shard_set.url,
         set_id=shard_set.set_id,
         version=shard_set.version,
         features=config.features,
-        dim=_dim(encoder, config, backbone=trained.model.backbone, view_size=view_size),
+        dim=_dim(encoder, config, backbone=backbone, view_size=view_size),
         dtype=config.dtype,
         normalised=config.normalise,
         preprocessing={

@@ -46,8 +46,9 @@ from moco_scale.scoring import (
     recall,
     splits,
 )
-from moco_scale.subject import RANDOM, TRAINED, Encoders, Subject, open_subject
-from shards import ShardSet, Store
+from moco_scale.subject import RANDOM, TRAINED, Encoders
+from moco_scale.trained import Trained, open_trained
+from shards import ShardSet, Store, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -142,21 +143,22 @@ def evaluate(
             finite.
         CheckpointError: the run has no checkpoint, or it is of another architecture.
     """
-    subject = open_subject(url, out=config.out)
+    trained = open_trained(url)
+    store = open_store(config.out or trained.run_url or url.rpartition("/")[0] or ".")
     views = Views(
-        size=config.view_size or subject.config.data.view_size,
+        size=config.view_size or trained.config.data.view_size,
         batch_size=config.batch_size,
-        loader=subject.config.data.loader,
+        loader=trained.config.data.loader,
         num_threads=config.num_threads,
     )
-    data = _open_data(subject, config, ranks=ranks, show=show)
+    data = _open_data(trained, config, store=store, ranks=ranks, show=show)
     encoders = Encoders(
-        subject, seeds=config.seeds, output=config.features, views=views, device=ranks.device
+        trained, seeds=config.seeds, output=config.features, views=views, device=ranks.device
     )
     extractors = [*baseline_extractors(), *encoders.random(*data.sets[0]), encoders.trained]
     found = [
         extract(
-            shard_set, labelled, extractors, views=views, cache=subject.store, ranks=ranks,
+            shard_set, labelled, extractors, views=views, cache=store, ranks=ranks,
             show=show,
         )
         for shard_set, labelled in data.sets
@@ -168,15 +170,15 @@ def evaluate(
     if config.probe == "paper":
         results["linear probe"] = _paper_probe(
             table, extractors, data, config=config, views=views, ranks=ranks,
-            saved=subject.store, show=show,
+            saved=store, show=show,
         )  # fmt: skip
     encoders.check_unchanged()
-    evaluation = _evaluation(table, results, subject=subject, data=data, config=config)
-    subject.store.put(SAMPLES_FILE, samples_table(table, results, k=str(config.k[0])))
+    evaluation = _evaluation(table, results, trained=trained, store=store, data=data, config=config)
+    store.put(SAMPLES_FILE, samples_table(table, results, k=str(config.k[0])))
     written = json.dumps(dataclasses.asdict(evaluation), indent=1)
-    subject.store.put(EVALUATION_FILE, written.encode())
+    store.put(EVALUATION_FILE, written.encode())
     show("pictures of the page", 0, 1)
-    subject.store.put(PAGE_FILE, build_page(evaluation, loader=views.loader).encode())
+    store.put(PAGE_FILE, build_page(evaluation, loader=views.loader).encode())
     return evaluation
 
 
@@ -189,8 +191,10 @@ class _Data:
     """Tested images of a class that is not learnt."""
 
 
-def _open_data(subject: Subject, config: EvaluateConfig, *, ranks: Ranks, show: Show) -> _Data:
-    trained_on = subject.config.data.shards
+def _open_data(
+    trained: Trained, config: EvaluateConfig, *, store: Store, ranks: Ranks, show: Show
+) -> _Data:
+    trained_on = trained.config.data.shards
     if not config.on and len(trained_on) != 1:
         raise EvaluationError(
             f"the run has {len(trained_on)} shard sets; say by --on which one to evaluate on"
@@ -198,7 +202,7 @@ def _open_data(subject: Subject, config: EvaluateConfig, *, ranks: Ranks, show: 
 
     def opened(url: str) -> ShardSet:
         return open_images(
-            url, packed_below=subject.store.uri("evaluation-sets"), ranks=ranks,
+            url, packed_below=store.uri("evaluation-sets"), ranks=ranks,
             progress=lambda done: show("images packed", done.shards_done, done.shards),
         )  # fmt: skip
 
@@ -391,7 +395,8 @@ def _evaluation(
     table: ImageTable,
     results: Mapping[str, Runs],
     *,
-    subject: Subject,
+    trained: Trained,
+    store: Store,
     data: _Data,
     config: EvaluateConfig,
 ) -> Evaluation:
@@ -401,10 +406,10 @@ def _evaluation(
     learnt = np.bincount(table.labels[: examples.num_train], minlength=examples.num_classes)
     seen = neighbourhood(table, data.classes, k=config.k[0], temperature=config.temperature)
     return Evaluation(
-        url=subject.store.url,
-        checkpoint=subject.checkpoint.url,
-        step=subject.checkpoint.step,
-        backbone=subject.config.model.backbone,
+        url=store.url,
+        checkpoint=trained.checkpoint.url,
+        step=trained.checkpoint.step,
+        backbone=trained.config.model.backbone,
         shards=data.sets[0][0].url,
         test_shards=data.sets[-1][0].url,
         num_images=len(truth),

@@ -15,28 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from moco_scale.card_code import Facts
-from moco_scale.checkpoint import FOLDER, Checkpoint, UnfinishedError, latest, load_checkpoint
-from moco_scale.config import TrainConfig
-from moco_scale.encoders import build_encoder, pooled_features
-from moco_scale.errors import CheckpointError, ExportError
+from moco_scale.encoders import pooled_features
+from moco_scale.errors import ExportError
 from moco_scale.evaluate import EVALUATION_FILE
 from moco_scale.export_formats import Encoder, check_format
 from moco_scale.model_card import CARD_FILE, PAGE_FILE, card_of, page_of
-from moco_scale.settings import from_mapping
+from moco_scale.trained import Trained, open_trained, trained_encoder
 from shards.errors import NotFoundError, UserError
 from shards.store import Store, open_store
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """What is exported."""
-
-    run_url: str
-    """Empty for a checkpoint that lies in no run."""
-    checkpoint: Checkpoint
-    config: TrainConfig
-    evaluation: dict[str, Any] | None
-    """Of this checkpoint, as `moco-scale evaluate` left it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +49,13 @@ def export(url: str, format: str, to: str, *, license: str = "") -> Exported:
         ExportError: the format is not for this backbone, a library is missing, or another export
             is in the place.
     """
-    source = open_source(url)
-    trained = _trained(source)
-    encoder = _encoder_of(source, trained)
+    trained = open_trained(url)
+    module = trained_encoder(trained)
+    encoder = _encoder_of(trained, module)
     chosen = check_format(format, encoder)
     with torch.no_grad():
         images = _noise(encoder.view_size)
-        expected = pooled_features(trained, images)
+        expected = pooled_features(module, images)
         try:
             data = chosen.write(encoder)
             found = chosen.read(data, encoder)(images)
@@ -84,19 +70,19 @@ def export(url: str, format: str, to: str, *, license: str = "") -> Exported:
         file=f"{encoder.name}{chosen.suffix}",
         data=data,
         max_relative_difference=_difference(found, expected, tolerance=chosen.tolerance),
-        run_url=source.run_url,
-        checkpoint=source.checkpoint,
-        config=source.config,
-        evaluation=source.evaluation,
+        run_url=trained.run_url,
+        checkpoint=trained.checkpoint,
+        config=trained.config,
+        evaluation=_evaluation_of(trained),
         license=license,
         num_features=expected.shape[1],
         num_parameters=sum(
-            one.numel() for name, one in trained.named_parameters() if name in encoder.body
+            one.numel() for name, one in module.named_parameters() if name in encoder.body
         ),
         has_batch_norm=any(
-            isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in trained.modules()
+            isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules()
         ),
-        head_path=str(trained.head_path),
+        head_path=str(module.head_path),
     )
     card = card_of(facts)
     files = {
@@ -109,27 +95,6 @@ def export(url: str, format: str, to: str, *, license: str = "") -> Exported:
     return Exported(
         urls=tuple(store.uri(name) for name in files),
         max_relative_difference=facts.max_relative_difference,
-    )
-
-
-def open_source(url: str) -> Source:
-    """A checkpoint with its run around it.
-
-    Raises:
-        CheckpointError: there is none at this address.
-    """
-    if url.endswith((".pt", ".pth", ".tar")):
-        checkpoint = _checkpoint_at(url)
-        run_url, folder, _ = url.rpartition(f"/{FOLDER}/")
-        run_url = run_url if folder else ""
-    else:
-        store = open_store(url)
-        checkpoint, run_url = latest(store), store.url
-    return Source(
-        run_url=run_url,
-        checkpoint=checkpoint,
-        config=from_mapping(TrainConfig, checkpoint.config),
-        evaluation=_evaluation_of(run_url, checkpoint.step) if run_url else None,
     )
 
 
@@ -159,54 +124,31 @@ def put_all(store: Store, files: Mapping[str, bytes]) -> None:
         raise
 
 
-def _checkpoint_at(url: str) -> Checkpoint:
+def _evaluation_of(trained: Trained) -> dict[str, Any] | None:
+    """What `moco-scale evaluate` left in the run, if it is of this checkpoint."""
+    if not trained.run_url:
+        return None
     try:
-        return load_checkpoint(url)
-    except UnfinishedError as err:
-        raise CheckpointError(
-            f"{url} is no finished checkpoint of a run (it has no .sha256); of a published "
-            "checkpoint make a run first, with 'moco-scale import'"
-        ) from err
-
-
-def _evaluation_of(run_url: str, step: int) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(bytes(open_store(run_url).read(EVALUATION_FILE)))
+        saved = bytes(open_store(trained.run_url).read(EVALUATION_FILE))
     except NotFoundError:
         return None
-    return found if found.get("step") == step else None
+    found: dict[str, Any] = json.loads(saved)
+    return found if found.get("step") == trained.checkpoint.step else None
 
 
-def _trained(source: Source) -> nn.Module:
-    encoder = build_encoder(source.config.model, seed=0)
-    prefix = "encoder_q."
-    weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in source.checkpoint.model.items()
-        if name.startswith(prefix)
-    }
-    try:
-        encoder.load_state_dict(weights)
-    except (RuntimeError, ValueError) as err:
-        raise CheckpointError(
-            f"{source.checkpoint.url} is not a {source.config.model.backbone}: {_one_line(err)}"
-        ) from err
-    return encoder.eval()
-
-
-def _encoder_of(source: Source, trained: nn.Module) -> Encoder:
-    head = f"{trained.head_path}."
+def _encoder_of(trained: Trained, module: nn.Module) -> Encoder:
+    head = f"{module.head_path}."
     # A run on channels_last saves its weights so; not every library takes them.
     return Encoder(
-        model=source.config.model,
-        view_size=source.config.data.view_size,
+        model=trained.config.model,
+        view_size=trained.config.data.view_size,
         body={
             name: tensor.contiguous()
-            for name, tensor in trained.state_dict().items()
+            for name, tensor in module.state_dict().items()
             if not name.startswith(head)
         },
-        state={name: tensor.contiguous() for name, tensor in source.checkpoint.model.items()},
-        epoch=int(source.checkpoint.loader.get("epoch", 0)),
+        state={name: tensor.contiguous() for name, tensor in trained.checkpoint.model.items()},
+        epoch=int(trained.checkpoint.loader.get("epoch", 0)),
     )
 
 

@@ -1,27 +1,21 @@
 """The encoder that is evaluated, and the same network before training, as extractors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import nn
 
-from moco_scale.checkpoint import FOLDER as CHECKPOINTS
-from moco_scale.checkpoint import Checkpoint, UnfinishedError, latest, load_checkpoint
-from moco_scale.config import TrainConfig, read_run_config
 from moco_scale.encoders import build_encoder, check_encoder
-from moco_scale.errors import CheckpointError
 from moco_scale.features import Extract, Extractor, Views, encoder_key, encoder_output
 from moco_scale.group_norm import estimate_bn_statistics
 from moco_scale.labels import LabelledSamples
 from moco_scale.model import ModelConfig
-from moco_scale.settings import from_mapping
+from moco_scale.trained import Trained, trained_encoder
 from pipelines import iterate_once
-from shards import ShardSet, Store, open_store
+from shards import ShardSet
 
 TRAINED, RANDOM = "trained", "random"
 """Names of rows in the tables."""
@@ -29,49 +23,12 @@ TRAINED, RANDOM = "trained", "random"
 _STATISTICS_IMAGES = 2048
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """The encoder that is evaluated, and where that is written down."""
-
-    store: Store
-    config: TrainConfig
-    checkpoint: Checkpoint
-
-
-def open_subject(url: str, *, out: str) -> Subject:
-    """A run's newest checkpoint, or the checkpoint at a URL.
-
-    Raises:
-        CheckpointError: there is none, or it is not one of this project.
-        ConfigError: there is no run at the address.
-    """
-    if not url.endswith((".pt", ".pth", ".tar", ".ckpt", ".safetensors")):
-        config, store = read_run_config(url), open_store(url)
-        return Subject(
-            store=open_store(out) if out else store, config=config, checkpoint=latest(store)
-        )
-    try:
-        checkpoint = load_checkpoint(url)
-    except UnfinishedError as err:
-        raise CheckpointError(
-            f"{url} has no .sha256 beside it: it is unfinished, or another program's; begin a run "
-            "from another's weights with 'moco-scale pretrain --run.init'"
-        ) from err
-    folder = url.rpartition("/")[0] or "."
-    run = folder.removesuffix(CHECKPOINTS).rstrip("/") if folder.endswith(CHECKPOINTS) else folder
-    return Subject(
-        store=open_store(out or run or "."),
-        config=from_mapping(TrainConfig, checkpoint.config),
-        checkpoint=checkpoint,
-    )
-
-
 class Encoders:
     """The trained encoder and the random ones, as extractors."""
 
     def __init__(
         self,
-        subject: Subject,
+        trained: Trained,
         *,
         seeds: Sequence[int],
         output: Literal["pooled", "embedding"],
@@ -86,15 +43,14 @@ class Encoders:
             CheckpointError: the checkpoint is not of the architecture that the settings name.
             ConfigError: the encoder does not take views of this size.
         """
-        self._model: ModelConfig = subject.config.model
-        self._seeds = [subject.config.run.seed + seed for seed in seeds]
+        self._model: ModelConfig = trained.config.model
+        self._seeds = [trained.config.run.seed + seed for seed in seeds]
         self._output = output
         self._views = views
         self._device = device
-        encoder = build_encoder(self._model, seed=self._seeds[0])
-        _load(encoder, subject.checkpoint, self._model)
+        encoder = trained_encoder(trained)
         check_encoder(encoder, self._model, view_size=views.size)
-        self._trained = encoder.to(device).eval()
+        self._trained = encoder.to(device)
         self._key = encoder_key(self._trained, self._output)
         # One function object, so that all who look through this encoder share its forward pass.
         extracting = encoder_output(self._trained, self._output)
@@ -143,27 +99,3 @@ class Encoders:
             key=encoder_key(fresh, self._output, *told),
             open=open_encoder,
         )
-
-
-def _load(encoder: nn.Module, checkpoint: Checkpoint, model: ModelConfig) -> None:
-    prefix = "encoder_q."
-    weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in checkpoint.model.items()
-        if name.startswith(prefix)
-    }
-    wanted = encoder.state_dict()
-    for name in [*wanted, *weights]:
-        saved = tuple(weights[name].shape) if name in weights else None
-        built = tuple(wanted[name].shape) if name in wanted else None
-        if saved != built:
-            raise CheckpointError(
-                f"{checkpoint.url} is no {model.backbone} as the run's settings have it: {name} "
-                f"is {_shape(saved)} in it, {_shape(built)} in the encoder; evaluate it with its "
-                "own run's config.json"
-            )
-    encoder.load_state_dict(weights)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "not there" if shape is None else f"of shape {shape}"

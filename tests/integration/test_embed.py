@@ -24,6 +24,7 @@ from demo.local_s3 import LocalS3
 from moco_scale.embedding import feature_tables, features_path, read_embedding
 from shards.store import open_store
 from tests.support.command import MOCO_SCALE, moco_scale
+from tests.support.digests import digests
 from tests.support.embeddings import POOLED, make_embedding, save_run
 from tests.support.shard_sets import flip_a_byte, make_shard_set, overwrite, stored
 
@@ -60,11 +61,10 @@ class Place:
         to = str(self.folder / to)
         return ["embed", self.shard_set, "--encoder", self.run, "--to", to, *SETTINGS]
 
-    def files(self, to: str) -> dict[str, bytes]:
-        """The Parquet files of a target, and its manifest."""
+    def files(self, to: str) -> dict[str, str]:
+        """Digests of the Parquet files of a target, and its manifest."""
         folder = self.folder / to
-        paths = [*folder.glob("*/*.parquet"), folder / "manifest.json"]
-        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+        return digests(folder, [*folder.glob("*/*.parquet"), folder / "manifest.json"])
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_wrong_command_says_so_in_a_line(place: Place, tmp_path: Path) -> None
     failed = moco_scale("embed", place.shard_set, "--encoder", str(foreign), "--to", str(to))
 
     assert failed.returncode == 1
-    assert f"{foreign} is no whole checkpoint of moco-scale" in failed.stderr
+    assert f"{foreign} is no finished checkpoint of a run" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
     assert not to.exists()

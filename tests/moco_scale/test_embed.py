@@ -31,6 +31,7 @@ from pipelines import iterate_once
 from shards import PackConfig, ShardSet, pack
 from shards.errors import UserError
 from shards.store import open_store
+from tests.support.digests import digests
 from tests.support.distributed import run_distributed
 from tests.support.embeddings import MODEL, POOLED, make_embedding, save_run
 from tests.support.shard_sets import (
@@ -69,9 +70,9 @@ def table(to: Path | str) -> pa.Table:
     return pa.concat_tables(feature_tables(open_store(str(to)), read_embedding(str(to))))
 
 
-def bytes_of(to: Path) -> dict[str, bytes]:
+def digests_of(to: Path) -> dict[str, str]:
     """Of all that is not provenance."""
-    return {str(path.relative_to(to)): path.read_bytes() for path in sorted(to.rglob("*.parquet"))}
+    return digests(to, to.rglob("*.parquet"))
 
 
 def test_there_is_a_row_for_each_sample_with_its_uri_and_place(
@@ -166,7 +167,7 @@ def test_stopped_after_any_batch_it_ends_with_the_same_bytes(
         break
 
     assert stops >= 3
-    assert bytes_of(tmp_path / "often") == bytes_of(tmp_path / "once")
+    assert digests_of(tmp_path / "often") == digests_of(tmp_path / "once")
     assert read_embedding(str(tmp_path / "often")) == read_embedding(str(tmp_path / "once"))
 
 
@@ -202,7 +203,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(
     assert 5 < there[-1] < len(many.names)
     make_embedding(many.url, run, folder / "killed")
 
-    assert bytes_of(folder / "killed") == bytes_of(folder / "once")
+    assert digests_of(folder / "killed") == digests_of(folder / "once")
     assert read_embedding(str(folder / "killed")) == read_embedding(str(folder / "once"))
 
 
@@ -229,7 +230,7 @@ def test_more_ranks_make_the_same_bytes(
     )
 
     assert sum(found_whole) == 1
-    assert bytes_of(tmp_path / "more") == bytes_of(tmp_path / "one")
+    assert digests_of(tmp_path / "more") == digests_of(tmp_path / "one")
     assert read_embedding(str(tmp_path / "more")).num_rows == COUNT
 
 
@@ -397,7 +398,7 @@ def test_no_set_no_run_no_checkpoint(shard_set: ShardSet, run: str, tmp_path: Pa
     to = tmp_path / "to"
 
     refused(str(tmp_path / "no-set"), run, to, match="no shard set at")
-    refused(shard_set.url, str(tmp_path / "no-run"), to, match="no checkpoint")
+    refused(shard_set.url, str(tmp_path / "no-run"), to, match="no run at")
     refused(shard_set.url, f"{run}/checkpoints/step-000000099.pt", to, match="no checkpoint at")
 
 
@@ -419,8 +420,10 @@ def test_a_checkpoint_of_a_foreign_architecture(shard_set: ShardSet, tmp_path: P
         shard_set.url, str(tmp_path / "narrow"), to,
         match=r"another architecture .* encoder_q.conv5.0.weight .* \(8, 192, 1, 1\)",
     )  # fmt: skip
-    refused(shard_set.url, str(tmp_path / "other"), to, match="another architecture .* it has none")
-    refused(shard_set.url, str(foreign), to, match="no whole checkpoint of moco-scale")
+    refused(
+        shard_set.url, str(tmp_path / "other"), to, match="another architecture .* is not there"
+    )
+    refused(shard_set.url, str(foreign), to, match="no finished checkpoint of a run")
 
 
 def test_a_size_that_the_backbone_does_not_take(
