@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -42,9 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ShardSet]:
     return str(folder / "to"), ShardSet.open(str(folder / "set"))
 
 
-def report(made: tuple[str, ShardSet], **settings: object) -> str:
+def report(made: tuple[str, ShardSet], **settings: Any) -> str:
     to, shard_set = made
-    config = ClusterConfig(**settings)  # type: ignore[arg-type]
+    config = ClusterConfig(**settings)
     url = write_cluster_report(to, shard_set.url, config, device=torch.device("cpu"))
     return Path(url).read_text()
 

@@ -4,7 +4,7 @@ import io
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,7 @@ def _step_s(url: str, *, latency_s: float, late_s: float) -> float:
     """Mean seconds of a step of all ranks, each a thread."""
     together, times, errors = threading.Barrier(RANKS), [], []
 
-    def same(batches: Stream) -> Iterator[EncodedBatch]:
+    def same(batches: Stream) -> Generator[EncodedBatch, None, None]:
         yield from batches  # stands for the stage that decodes
 
     def train(rank: int) -> None:
@@ -104,7 +104,7 @@ def _step_s(url: str, *, latency_s: float, late_s: float) -> float:
             quarantine=Quarantine(max_bad_frac=0.5, world_size=1),
             on_bad="replace",
         )
-        views = Ahead(same(stream), size=2, name="views")  # type: ignore[arg-type]
+        views = Ahead(same(stream), size=2, name="views")
         try:
             for _ in range(STEPS):
                 views.get(timeout_s=DEADLINE_S)

@@ -484,7 +484,7 @@ def test_a_worker_that_dies_before_its_marker_changes_nothing(tmp_path: Path) ->
             return store.put(path, buffers)
 
     with pytest.raises(Stop):
-        work(raw, DiesBeforeMarker(), plan)  # type: ignore[arg-type]
+        work(raw, DiesBeforeMarker(), plan)
     left = [name for name in files(tmp_path / "set") if name.endswith(".tar")]
     report = pack(raw.url, store.url, PackConfig(workers=1))
 

@@ -27,7 +27,7 @@ from shards.errors import (
     UnreachableError,
 )
 from shards.store import Store, bucket_region, machine_region, open_store
-from tests.support.faulty_proxy import Fault, FaultyProxy
+from tests.support.faulty_proxy import Fault, FaultyProxy, Kind
 
 CONTENT = bytes(range(256)) * 40
 ODD = ["tab\there", "new\nline", "bell\x07", "del\x7f", "return\r"]
@@ -104,9 +104,9 @@ def test_passing_errors_of_a_server_are_tried_again(
 @pytest.mark.s3
 @pytest.mark.parametrize("kind", ["reset", "truncate"])
 def test_answers_cut_short_are_asked_for_again(
-    behind: Callable[..., tuple[Store, FaultyProxy]], kind: str
+    behind: Callable[..., tuple[Store, FaultyProxy]], kind: Kind
 ) -> None:
-    fault = Fault(kind, times=2, per_path=True)  # type: ignore[arg-type]
+    fault = Fault(kind, times=2, per_path=True)
     store, proxy = behind(fault)
 
     with within(20):
@@ -118,14 +118,14 @@ def test_answers_cut_short_are_asked_for_again(
 @pytest.mark.s3
 @pytest.mark.parametrize("kind", ["whole", "shift"])
 def test_an_answer_to_another_range_is_never_taken(
-    behind: Callable[..., tuple[Store, FaultyProxy]], kind: str
+    behind: Callable[..., tuple[Store, FaultyProxy]], kind: Kind
 ) -> None:
-    once = Fault(kind, times=1)  # type: ignore[arg-type]
+    once = Fault(kind, times=1)
     store, proxy = behind(once)
     assert bytes(store.read_ranges("object", [100], [200])[0]) == CONTENT[100:200]
     assert proxy.struck(once) == 1
 
-    proxy.faults = [Fault(kind)]  # type: ignore[arg-type]
+    proxy.faults = [Fault(kind)]
     with within(15), pytest.raises(UnreachableError, match="object"):
         store.read_ranges("object", [100], [200])
 
@@ -133,16 +133,16 @@ def test_an_answer_to_another_range_is_never_taken(
 @pytest.mark.s3
 @pytest.mark.parametrize("kind", ["drip", "stall"])
 def test_an_answer_that_drips_is_given_up_and_asked_for_again(
-    behind: Callable[..., tuple[Store, FaultyProxy]], kind: str
+    behind: Callable[..., tuple[Store, FaultyProxy]], kind: Kind
 ) -> None:
-    once = Fault(kind, times=1)  # type: ignore[arg-type]
+    once = Fault(kind, times=1)
     store, proxy = behind(once, deadline_s=1.5)
 
     with within(10):
         assert bytes(store.read("object")) == CONTENT
 
     assert proxy.struck(once) == 1
-    proxy.faults = [Fault(kind)]  # type: ignore[arg-type]
+    proxy.faults = [Fault(kind)]
     with within(25), pytest.raises(UnreachableError, match="object"):
         store.read("object")
 
