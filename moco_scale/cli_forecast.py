@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moco_scale.errors import ConfigError
+from moco_scale.figures import figure, percent
 from moco_scale.forecast import (
     ASSUMPTIONS,
     RESOURCES,
@@ -160,8 +161,8 @@ _ROWS: tuple[tuple[str, Callable[[Scale], str] | None], ...] = (
     ("hours", lambda s: _figure(s.hours)),
     ("GPU-hours per million images", lambda s: _figure(s.gpu_hours_per_million)),
     ("bound by", lambda s: s.bound_by),
-    ("GPUs wait", lambda s: _percent(s.wait_frac)),
-    ("  of it for late reads", lambda s: _percent(s.tail_wait_frac)),
+    ("GPUs wait", lambda s: percent(s.wait_frac)),
+    ("  of it for late reads", lambda s: percent(s.tail_wait_frac)),
     ("requests", lambda s: money(s.requests_usd)),
     ("storage for these hours", lambda s: money(s.storage_usd)),
     ("Needs, so that no GPU waits", None),
@@ -169,7 +170,7 @@ _ROWS: tuple[tuple[str, Callable[[Scale], str] | None], ...] = (
     ("GB/s from the store", lambda s: _figure(s.store_gb_per_s_needed)),
     ("  bytes read for one used", lambda s: f"{s.read_amplification:.2f}"),
     ("GET/s", lambda s: _figure(s.gets_per_s_needed)),
-    ("  of what the prefixes give", lambda s: _percent(s.gets_needed_frac)),
+    ("  of what the prefixes give", lambda s: percent(s.gets_needed_frac)),
     ("p99 latency at most, s", lambda s: _figure(s.p99_latency_s_needed)),
     ("host cores a GPU", lambda s: _figure(s.cores_per_gpu_needed)),
 )
@@ -182,11 +183,11 @@ def _scales(inputs: Inputs, found: Forecast) -> Table:
     for scale in found.scales:
         mark = "*" if scale.gpus == inputs.run.gpus else ""
         table.add_column(f"{_gpus(scale.gpus)}{mark}", justify="right", no_wrap=True)
-    for name, figure in _ROWS:
-        if figure is None:
+    for name, shown in _ROWS:
+        if shown is None:
             table.add_row(f"\n{name}")
         else:
-            table.add_row(name, *[figure(scale) for scale in found.scales])
+            table.add_row(name, *[shown(scale) for scale in found.scales])
     table.add_row("\nMemory of each GPU")
     for name, size in (
         (f"queue of {inputs.run.queue_size:,} keys", found.queue_bytes),
@@ -206,7 +207,7 @@ def _resources(found: Forecast) -> Table:
         table.add_row(
             limit.resource,
             _figure(limit.samples_per_s_per_gpu),
-            _percent(limit.used_frac),
+            percent(limit.used_frac),
             "" if limit.resource == STEP else "never" if short is None else _gpus(short),
         )
     return table
@@ -226,7 +227,7 @@ def _verdict(found: Forecast) -> Iterator[str]:
         yield f"more GPUs: {after.resource} runs out first from {after.gpus:,} on"
     if asked.single_reads_frac:
         yield (
-            f"{_percent(asked.single_reads_frac)} of the samples cost a GET each: the lanes' "
+            f"{percent(asked.single_reads_frac)} of the samples cost a GET each: the lanes' "
             "blocks exceed buffer_bytes"
         )
     yield f"storage: {money(found.storage_usd_per_month)} a month"
@@ -240,20 +241,11 @@ def _gpus(count: int | None) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Three digits, and never fewer than the whole part."""
-    if value is None:
-        return "not known"
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+    return figure(value, unknown="not known")
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value < 1e9 else f"{value:.4g}".replace("e+0", "e").replace("e+", "e")
-
-
-def _percent(frac: float) -> str:
-    return f"{100 * frac:,.0f} %"
 
 
 def _bytes(count: float) -> str:

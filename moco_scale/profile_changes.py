@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moco_scale.profile_rows import StageRow, rate, stage_rows
+from moco_scale.figures import rate
+from moco_scale.profile_rows import StageRow, stage_rows
 from moco_scale.profiles import STAGES, Alone, Profile
 
 MACHINE = ("machine", "cores a rank", "host")

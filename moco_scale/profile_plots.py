@@ -12,8 +12,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from moco_scale.figures import figure, rate
 from moco_scale.forecast import Scale
-from moco_scale.profile_rows import StageRow, figure, own_times, rate
+from moco_scale.profile_rows import StageRow, own_times
 from moco_scale.profiles import (
     HISTOGRAM_EDGES_S,
     STAGES,

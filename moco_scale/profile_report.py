@@ -7,19 +7,14 @@ from typing import Any
 import jinja2
 
 from moco_scale import profile_changes, profile_plots, profile_rows
+from moco_scale.figures import cpu, figure, gain, megabytes, percent, rate
 from moco_scale.profile_changes import compare
 from moco_scale.profile_rows import (
-    cpu,
-    figure,
-    gain,
-    megabytes,
     on_dali,
     on_stragglers,
     on_use,
     own_times,
-    percent,
     quantiles,
-    rate,
     setup,
     stage_rows,
 )

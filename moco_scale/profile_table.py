@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moco_scale.figures import cpu, megabytes, percent, rate
 from moco_scale.profile_changes import (
     MARK_MEANS,
     Comparison,
@@ -16,14 +17,10 @@ from moco_scale.profile_changes import (
 )
 from moco_scale.profile_rows import (
     StageRow,
-    cpu,
-    megabytes,
     on_dali,
     on_stragglers,
     on_use,
-    percent,
     quantiles,
-    rate,
     setup,
     stage_rows,
     what_it_gives,

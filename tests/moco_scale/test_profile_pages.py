@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from moco_scale.errors import ConfigError
+from moco_scale.figures import rate
 from moco_scale.forecast import ASSUMPTIONS
 from moco_scale.phases import PHASES
 from moco_scale.profile_changes import compare
 from moco_scale.profile_plots import _PHASES, moment_plots
 from moco_scale.profile_report import build_page
-from moco_scale.profile_rows import alone_in_use, rate
+from moco_scale.profile_rows import alone_in_use
 from moco_scale.profile_scaling import scaling_of
 from moco_scale.profile_schema import SCHEMA_PATH, as_text, schema
 from moco_scale.profile_table import print_comparison, print_profile
