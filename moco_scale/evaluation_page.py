@@ -8,7 +8,7 @@ import jinja2
 
 from moco_scale.evaluation import Evaluation, Score
 from moco_scale.pictures import Picture, pictures_of
-from moco_scale.subject import TRAINED
+from moco_scale.subject import FRESH, TRAINED
 from shards import ShardSet
 
 _MOST_CLASSES = 30
@@ -44,6 +44,7 @@ def build_page(evaluation: Evaluation, *, loader: Literal["auto", "dali", "cpu"]
         tables=_tables(evaluation),
         tiles=_tiles(evaluation),
         trained=TRAINED,
+        has_fresh=any(score.features == FRESH for score in evaluation.scores),
         best_of_grid=max(accuracy for row in evaluation.grid.values() for accuracy in row.values()),
         confused=[cell for cell in evaluation.confusion if cell[0] != cell[1]][:_MOST_PAIRS],
         matrix=_matrix(evaluation),

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from moco_scale.encoders import build_encoder, check_encoder
 from moco_scale.features import Extract, Extractor, Views, encoder_key, encoder_output
-from moco_scale.group_norm import estimate_bn_statistics
+from moco_scale.group_norm import GroupBatchNorm2d, estimate_bn_statistics
 from moco_scale.labels import LabelledSamples
 from moco_scale.model import ModelConfig
 from moco_scale.trained import Trained, trained_encoder
 from pipelines import iterate_once
 from shards import ShardSet
 
-TRAINED, RANDOM = "trained", "random"
+TRAINED, RANDOM, FRESH = "trained", "random", "random, BN as initialised"
 """Names of rows in the tables."""
 
 _STATISTICS_IMAGES = 2048
@@ -51,6 +51,7 @@ class Encoders:
         encoder = trained_encoder(trained)
         check_encoder(encoder, self._model, view_size=views.size)
         self._trained = encoder.to(device)
+        self._has_bn = any(isinstance(layer, GroupBatchNorm2d) for layer in encoder.modules())
         self._key = encoder_key(self._trained, self._output)
         # One function object, so that all who look through this encoder share its forward pass.
         extracting = encoder_output(self._trained, self._output)
@@ -64,13 +65,24 @@ class Encoders:
     def random(self, shard_set: ShardSet, labelled: LabelledSamples) -> list[Extractor]:
         """The same network before training, for each seed, BN statistics estimated on some images.
 
-        Fresh running statistics are 0 and 1: comparing with them would be unfair.
+        As initialised, they are 0 and 1, which no data has. That some images are told apart better
+        with those all the same is why the first seed's network is there with them, too.
         """
         count = min(_STATISTICS_IMAGES, len(labelled.sample_ids))
         places = np.linspace(0, len(labelled.sample_ids) - 1, count).astype(np.int64)
         chosen = labelled.sample_ids[places]
         told = [shard_set.set_id, xxhash.xxh3_64_hexdigest(chosen.tobytes()), self._views.size]
-        return [self._random(seed, shard_set, chosen, told) for seed in self._seeds]
+        if not self._has_bn:  # nothing to estimate
+            return [self._as_built(f"{RANDOM} {seed}", seed) for seed in self._seeds]
+        return [
+            *(self._random(seed, shard_set, chosen, told) for seed in self._seeds),
+            self._as_built(FRESH, self._seeds[0]),
+        ]
+
+    def _as_built(self, name: str, seed: int) -> Extractor:
+        encoder = build_encoder(self._model, seed=seed)
+        extract = encoder_output(encoder.to(self._device).eval(), self._output)
+        return Extractor(name=name, key=encoder_key(encoder, self._output), open=lambda: extract)
 
     def _random(
         self, seed: int, shard_set: ShardSet, chosen: NDArray[np.int64], told: Sequence[object]

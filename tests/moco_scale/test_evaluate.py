@@ -24,6 +24,7 @@ from moco_scale.features import FOLDER
 from moco_scale.labels import join_labels
 from moco_scale.model import ModelConfig
 from moco_scale.report import _read_evaluation
+from moco_scale.subject import FRESH, RANDOM, TRAINED
 from shards import PackConfig, ShardSet, pack
 from shards.errors import UserError
 from shards.lists import is_list
@@ -72,7 +73,7 @@ def scored(url: str, **changes: Any) -> Evaluation:
 def test_every_table_has_the_trained_encoder_beside_what_needs_no_learning(run: str) -> None:
     found = scored(run, probe="lbfgs")
 
-    expected = ["pixels", "colours", "HOG", "random", "trained"]
+    expected = ["pixels", "colours", "HOG", RANDOM, FRESH, TRAINED]
     assert [score.features for score in found.scores] == expected
     assert [task.name for task in found.tasks] == ["linear probe", "few shots", "retrieval"]
     for task in found.tasks:
@@ -82,6 +83,7 @@ def test_every_table_has_the_trained_encoder_beside_what_needs_no_learning(run: 
     by_name = {score.features: score for score in found.scores}
     assert by_name["colours"].accuracy["3"] > 0.9  # the classes are colours
     assert by_name["random"].spread["3"] is not None  # two initialisations
+    assert by_name[FRESH].spread["3"] is None  # the first of them
     assert by_name["trained"].spread["3"] is None  # one checkpoint, no split
     assert by_name["trained"].gain_of_trained == {}
     low, high = by_name["pixels"].gain_of_trained["3"][1:]
@@ -102,11 +104,23 @@ def test_the_random_encoder_is_the_runs_own_before_training(run: str, shards: st
 
     by_name = {score.features: score for score in found.scores}
     assert by_name["random"].spread["3"] is None
-    # Its BN statistics were estimated: those of a fresh encoder, 0 and 1, give other features.
-    kept = [pq.read_table(path) for path in sorted(Path(fresh, FOLDER).rglob("*.parquet"))]
-    assert len(kept) == 5
-    digests = {str(table.column("features").to_pylist()) for table in kept}
-    assert len(digests) == 5
+    # With BN as initialised it is the checkpoint itself; with estimated statistics it is another.
+    assert by_name[FRESH].accuracy == by_name[TRAINED].accuracy
+    assert set(by_name[FRESH].gain_of_trained.values()) == {(0.0, 0.0, 0.0)}
+    kept = sorted(Path(fresh, FOLDER).rglob("*.parquet"))
+    assert len(kept) == len(set(digests(Path(fresh), kept).values())) == 5
+
+
+def test_an_encoder_without_batch_normalisation_has_one_random_row(
+    tmp_path: Path, shards: str
+) -> None:
+    vit = make_run(tmp_path / "vit", shards, backbone="timm/test_vit", view_size=160)
+
+    found = scored(vit)
+
+    names = [score.features for score in found.scores]
+    assert names == ["pixels", "colours", "HOG", RANDOM, TRAINED]
+    assert found.scores[3].spread["3"] is not None
 
 
 def test_features_are_made_once(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +309,16 @@ def test_the_command_prints_its_tables_and_leaves_json_and_page(
 
     said = capsys.readouterr().out
     assert code == 0
-    for shown in ("trained", "random", "HOG", "linear probe", "few shots", "retrieval", "majority"):
+    for shown in (
+        "trained",
+        "random",
+        FRESH,
+        "HOG",
+        "linear probe",
+        "few shots",
+        "retrieval",
+        "majority",
+    ):
         assert shown in said
     assert _read_evaluation(run) is not None
     html = page.read_text()
