@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from demo.images import digits
 from demo.local_s3 import LocalS3
-from moco_scale.evaluate import EVALUATION_FILE, SAMPLES_FILE
+from moco_scale.evaluation import EVALUATION_FILE, SAMPLES_FILE
 from moco_scale.scoring import paired_interval
 from shards.store import open_store
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from demo.images import ImageSet, clipart, emoji
-from moco_scale.evaluate import EVALUATION_FILE, SAMPLES_FILE
+from moco_scale.evaluation import EVALUATION_FILE, SAMPLES_FILE
 from moco_scale.metrics import read_metrics
 from moco_scale.scoring import paired_interval
 

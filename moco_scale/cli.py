@@ -56,7 +56,8 @@ training
   evaluate RUN --on DATA     kNN, linear probe, few shots, retrieval; beside no learning
   embed SHARD_SET --run RUN --to URL
                              features of every image as Parquet; also under torchrun
-  report RUN                 one self-contained HTML page about a run
+  report RUN [RUN ...]       one self-contained HTML page about a run, or several
+                             side by side
   profile --data SHARD_SET   which stage is the limit, and which flag to change
   export RUN --format timm --to URL
                              the encoder for torchvision, timm, detectron2, ONNX
@@ -185,17 +186,25 @@ def _profile(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ReportArguments:
-    """One self-contained HTML page about a run, written as report.html into the run."""
+    """One self-contained HTML page: data, training, throughput, evaluation, pictures.
 
-    run: tyro.conf.Positional[str]
-    """URL or path of the run."""
+    About one run it is written as report.html into the run. About several it shows them side by
+    side: curves over one another, settings that differ, figures in columns.
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """URLs or paths of one run, or of several."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """A local copy of the page."""
+    """A local copy of the page; of several runs, where it goes."""
 
 
 def _report(arguments: list[str]) -> int:
     from moco_scale.report import write_report  # loads torch and matplotlib
 
     given = parse_flags(_ReportArguments, arguments, prog="moco-scale report")
-    console.print(write_report(given.run, out=given.out))
+    if not given.runs:
+        raise UsageError("no run: give the URL of one, or of several; see moco-scale report --help")
+    if len(given.runs) > 1 and given.out is None:
+        raise UsageError("the page about several runs belongs to none of them: give --out FILE")
+    console.print(write_report(given.runs, out=given.out), soft_wrap=True)
     return 0

@@ -27,7 +27,8 @@ _LONGEST_WAIT_S = 24 * 3600.0
 def run_evaluate(arguments: list[str]) -> int:
     """`moco-scale evaluate`: 0 when the tables are written."""
     from moco_scale.distributed import shutdown, start  # these load torch
-    from moco_scale.evaluate import PAGE_FILE, EvaluateConfig, evaluate
+    from moco_scale.evaluate import EvaluateConfig, evaluate
+    from moco_scale.evaluation import PAGE_FILE
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class EvaluateArguments:

@@ -123,7 +123,9 @@ def read_run_config(run_url: str) -> TrainConfig:
     try:
         saved = json.loads(bytes(open_store(run_url).read(CONFIG_FILE)))
     except NotFoundError as err:
-        raise ConfigError(f"no run at {run_url}: it has no {CONFIG_FILE}") from err
+        raise ConfigError(
+            f"no run at {run_url}: it has no {CONFIG_FILE}; give the --out of 'moco-scale pretrain'"
+        ) from err
     return from_mapping(TrainConfig, saved)
 
 

@@ -15,6 +15,9 @@ import xxhash
 from moco_scale.distributed import Ranks
 from moco_scale.errors import EvaluationError
 from moco_scale.evaluation import (
+    EVALUATION_FILE,
+    PAGE_FILE,
+    SAMPLES_FILE,
     Evaluation,
     Runs,
     Task,
@@ -51,10 +54,6 @@ from moco_scale.trained import Trained, open_trained
 from shards import ShardSet, Store, open_store
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_FILE = "evaluation.json"
-SAMPLES_FILE = "evaluation.parquet"
-PAGE_FILE = "evaluation.html"
 
 _RECALLS = (1, 5, 10)
 _PROBE_LOADER_BATCH = 64

@@ -1,6 +1,7 @@
 """What is written down of an evaluation: tables with intervals, confusions and failures."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from moco_scale.errors import EvaluationError
 from moco_scale.scoring import ImageTable, Near, Right, find_nearest, knn, paired_interval
 from moco_scale.subject import TRAINED
+from shards.errors import NotFoundError
+from shards.store import Store
+
+EVALUATION_FILE = "evaluation.json"
+SAMPLES_FILE = "evaluation.parquet"
+PAGE_FILE = "evaluation.html"
 
 Runs = dict[str, dict[str, NDArray[np.float32]]]
 """Of each row of a table and each of its columns: S x N, see `scoring.Right`."""
@@ -102,6 +110,42 @@ class Evaluation:
     failures: tuple[Failure, ...]
     """What kNN got most wrong."""
     settings: dict[str, object]
+
+
+def read_evaluation(store: Store) -> Evaluation | None:
+    """What `moco-scale evaluate` left in a run; None if nothing.
+
+    Raises:
+        EvaluationError: it is damaged, or another version's.
+    """
+    try:
+        saved = bytes(store.read(EVALUATION_FILE))
+    except NotFoundError:
+        return None
+    try:
+        return _evaluation(json.loads(saved))
+    except (ValueError, TypeError, KeyError, AttributeError) as err:
+        raise EvaluationError(
+            f"{store.uri(EVALUATION_FILE)} is damaged, or of another version of moco-scale; run "
+            "'moco-scale evaluate' again"
+        ) from err
+
+
+def _evaluation(saved: dict[str, Any]) -> Evaluation:
+    fields = saved | {
+        "scores": _scores(saved["scores"]),
+        "tasks": tuple(Task(**one | {"scores": _scores(one["scores"])}) for one in saved["tasks"]),
+        "confusion": [tuple(one) for one in saved["confusion"]],
+        "failures": tuple(Failure(**one) for one in saved["failures"]),
+    }
+    return Evaluation(**fields)
+
+
+def _scores(saved: Sequence[dict[str, Any]]) -> tuple[Score, ...]:
+    return tuple(
+        Score(**one | {"gain_of_trained": {k: tuple(v) for k, v in one["gain_of_trained"].items()}})
+        for one in saved
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,12 +1,10 @@
 """An evaluation as one self-contained HTML page: tables, confusions, neighbours, failures."""
 
 from dataclasses import dataclass
-from importlib import resources
 from typing import Literal
 
-import jinja2
-
-from moco_scale.evaluation import Evaluation, Score
+from moco_scale.evaluation import Evaluation, Failure, Score
+from moco_scale.pages import render
 from moco_scale.pictures import Picture, pictures_of
 from moco_scale.subject import FRESH, TRAINED
 from shards import ShardSet
@@ -16,15 +14,48 @@ _MOST_PAIRS = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Table:
+class Table:
+    """One measure, for people."""
+
     name: str
     how: str
     columns: list[str]
+    """Titles of the scores' columns."""
     scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pictured:
+    """What there is to look at; images that cannot be decoded are left out."""
+
+    failures: list[tuple[Failure, Picture, list[Picture]]]
+    """Each with its image and the nearest that voted."""
+    neighbours: list[tuple[Picture, list[Picture]]]
+    """Images, and the nearest of each."""
 
 
 def build_page(evaluation: Evaluation, *, loader: Literal["auto", "dali", "cpu"]) -> str:
     """The page as HTML. Names come from buckets and lists, and are escaped wherever shown."""
+    return render(
+        "evaluation.html",
+        evaluation=evaluation,
+        is_one_set=evaluation.shards == evaluation.test_shards,
+        tables=tables_of(evaluation),
+        tiles=_tiles(evaluation),
+        has_fresh=any(score.features == FRESH for score in evaluation.scores),
+        best_of_grid=max(accuracy for row in evaluation.grid.values() for accuracy in row.values()),
+        confused=most_confused(evaluation),
+        matrix=_matrix(evaluation),
+        pictured=pictured(evaluation, loader=loader),
+    )
+
+
+def pictured(evaluation: Evaluation, *, loader: Literal["auto", "dali", "cpu"]) -> Pictured:
+    """Failures and nearest neighbours, drawn again out of the sets that were evaluated on.
+
+    Raises:
+        UserError: the sets are no longer there.
+    """
     learnt, tested = ShardSet.open(evaluation.shards), ShardSet.open(evaluation.test_shards)
     near = {int(query): found for query, found in evaluation.neighbours.items()}
     wanted = {sample for query, found in near.items() for sample in (query, *found)}
@@ -36,18 +67,7 @@ def build_page(evaluation: Evaluation, *, loader: Literal["auto", "dali", "cpu"]
     def shown(samples: list[int]) -> list[Picture]:
         return [pictures[sample] for sample in samples if sample in pictures]
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = (resources.files("moco_scale") / "templates" / "evaluation.html").read_text()
-    return environment.from_string(template).render(
-        evaluation=evaluation,
-        is_one_set=evaluation.shards == evaluation.test_shards,
-        tables=_tables(evaluation),
-        tiles=_tiles(evaluation),
-        trained=TRAINED,
-        has_fresh=any(score.features == FRESH for score in evaluation.scores),
-        best_of_grid=max(accuracy for row in evaluation.grid.values() for accuracy in row.values()),
-        confused=[cell for cell in evaluation.confusion if cell[0] != cell[1]][:_MOST_PAIRS],
-        matrix=_matrix(evaluation),
+    return Pictured(
         failures=[
             (failure, tests[failure.sample_id], shown(failure.neighbours))
             for failure in evaluation.failures
@@ -59,21 +79,27 @@ def build_page(evaluation: Evaluation, *, loader: Literal["auto", "dali", "cpu"]
     )
 
 
-def _tables(evaluation: Evaluation) -> list[_Table]:
+def most_confused(evaluation: Evaluation) -> list[tuple[str, str, int]]:
+    """Label, the name that kNN gave instead, and images."""
+    return [cell for cell in evaluation.confusion if cell[0] != cell[1]][:_MOST_PAIRS]
+
+
+def tables_of(evaluation: Evaluation) -> list[Table]:
+    """kNN first, then the other measures."""
     settings = evaluation.settings
     how = (
         "Every image is left out in its turn and named by its nearest"
         if evaluation.shards == evaluation.test_shards
         else f"Every image of --test-on is named by the nearest of {evaluation.num_learnt_from:,}"
     )
-    knn = _Table(
+    knn = Table(
         name="Nearest neighbours (kNN)",
         how=f"{how}, by cosine; a vote weighs exp(cosine / {settings['temperature']}).",
         columns=[f"k = {k}" for k in evaluation.scores[0].accuracy],
         scores=evaluation.scores,
     )
     return [knn] + [
-        _Table(
+        Table(
             name=task.name.capitalize(),
             how=f"{task.how} {task.num_tested:,} images tested.",
             columns=[

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moco_scale.card_code import Facts
 from moco_scale.encoders import pooled_features
 from moco_scale.errors import ExportError
-from moco_scale.evaluate import EVALUATION_FILE
+from moco_scale.evaluation import EVALUATION_FILE
 from moco_scale.export_formats import Encoder, check_format
 from moco_scale.model_card import CARD_FILE, PAGE_FILE, card_of, page_of
 from moco_scale.trained import Trained, open_trained, trained_encoder

@@ -1,17 +1,29 @@
 """The plots of a profile's page, each an SVG element with a description."""
 
-import io
 import itertools
 from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from moco_scale.drawing import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    INK,
+    MARKERS,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    YELLOW,
+    draw_svg,
+    short_label,
+)
 from moco_scale.figures import figure, rate
 from moco_scale.forecast import Scale
 from moco_scale.profile_rows import StageRow, own_times
@@ -26,28 +38,22 @@ from moco_scale.profiles import (
     RankFigures,
 )
 
-# Okabe and Ito's colours, told apart by colour-blind people; markers and hatches say the same.
-_BLUE, _ORANGE, _GREEN, _RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
-_PINK, _SKY, _YELLOW, _GREY, _INK = "#cc79a7", "#56b4e9", "#f0e442", "#9aa5b1", "#1d2733"
-_COLOURS = (_BLUE, _ORANGE, _GREEN, _RED, _PINK, _SKY, _YELLOW)
-_MARKERS = "os^Dvp*"
 _PHASES = {
-    "data_wait": (_RED, ""),
-    "transfer": (_YELLOW, ""),
-    "forward": (_BLUE, ""),
-    "bn_shuffle": (_BLUE, "////"),
-    "backward": (_SKY, ""),
-    "all_reduce": (_ORANGE, ""),
-    "optimizer": (_GREEN, ""),
-    "key_update": (_PINK, ""),
-    "enqueue": (_PINK, "////"),
-    "measure": (_YELLOW, "////"),
-    "checkpoint": (_GREEN, "////"),
-    "collectives": (_ORANGE, "////"),
-    "other": (_GREY, ""),
+    "data_wait": (RED, ""),
+    "transfer": (YELLOW, ""),
+    "forward": (BLUE, ""),
+    "bn_shuffle": (BLUE, "////"),
+    "backward": (SKY, ""),
+    "all_reduce": (ORANGE, ""),
+    "optimizer": (GREEN, ""),
+    "key_update": (PINK, ""),
+    "enqueue": (PINK, "////"),
+    "measure": (YELLOW, "////"),
+    "checkpoint": (GREEN, "////"),
+    "collectives": (ORANGE, "////"),
+    "other": (GREY, ""),
 }
 """In the order of a step."""
-_WIDTH = 4.4  # inches: 9 pt and more stay legible on a phone
 _MOST_RANKS = 16
 
 
@@ -63,10 +69,11 @@ def step_plot(profile: Profile) -> Markup | None:
         lefts = [0.0] * len(ranks)
         for name in names:
             lengths = [1e3 * one.get(name, 0.0) for one in shown]
-            colour, hatch = _PHASES.get(name, (_GREY, "...."))
+            colour, hatch = _PHASES.get(name, (GREY, "...."))
             axes.barh(
                 range(len(ranks)), lengths, 0.7, lefts,
-                label=_label(name), color=colour, hatch=hatch, edgecolor="white", linewidth=0.4,
+                label=short_label(name), color=colour, hatch=hatch, edgecolor="white",
+                linewidth=0.4,
             )  # fmt: skip
             lefts = [left + length for left, length in zip(lefts, lengths, strict=True)]
         _rows(axes, [f"rank {one.rank}" for one in ranks])
@@ -74,7 +81,7 @@ def step_plot(profile: Profile) -> Markup | None:
 
     rows = 0.25 * len(ranks) + 0.2 * -(-len(names) // 3)
     said = f"{len(ranks)} ranks, phases {', '.join(names)}"
-    return _svg("the step by phase", draw, height=1.2 + rows, said=said, legend=3)
+    return draw_svg("the step by phase", draw, height=1.2 + rows, said=said, legend=3)
 
 
 def rate_plot(rows: Sequence[StageRow], *, whole: float | None) -> Markup | None:
@@ -94,22 +101,22 @@ def rate_plot(rows: Sequence[StageRow], *, whole: float | None) -> Markup | None
         _ranges(
             axes,
             [(n - 0.15, one.low, one.samples_per_s, one.high) for n, one in alone],
-            color=_BLUE, marker="o", label="alone",
+            color=BLUE, marker="o", label="alone",
         )  # fmt: skip
         _ranges(
             axes,
             [(n + 0.15, min(of), one.samples_per_s, max(of)) for n, one, of in in_run],
-            color=_RED, marker="s", label="in the run",
+            color=RED, marker="s", label="in the run",
         )  # fmt: skip
         if whole:
-            axes.axvline(whole, color=_INK, linewidth=1, linestyle="--", label="the whole")
+            axes.axvline(whole, color=INK, linewidth=1, linestyle="--", label="the whole")
         axes.set_xscale("log")
         _powers(axes.xaxis, rate)
         _rows(axes, [f"{row.stage} x{row.workers}" for row in rows])
         axes.set_xlabel("samples/s of a rank")
 
     said = "; ".join(f"{rows[n].stage} {rate(one.samples_per_s)}" for n, one in alone)
-    return _svg(
+    return draw_svg(
         "stages, samples/s", draw, height=1.3 + 0.3 * len(rows), said=f"alone: {said}", legend=3
     )
 
@@ -126,7 +133,7 @@ def workers_plot(alone: Sequence[Alone]) -> Markup | None:
         return None
 
     def draw(axes: Axes) -> None:
-        for (stage, found), colour, marker in zip(lines.items(), _COLOURS, _MARKERS, strict=False):
+        for (stage, found), colour, marker in zip(lines.items(), COLOURS, MARKERS, strict=False):
             axes.plot(
                 [one.workers for one in found], [one.samples_per_s for one in found],
                 color=colour, marker=marker, markersize=5, linewidth=1.4, label=stage,
@@ -143,7 +150,7 @@ def workers_plot(alone: Sequence[Alone]) -> Markup | None:
         f"{stage} {rate(found[0].samples_per_s)} to {rate(found[-1].samples_per_s)}"
         for stage, found in lines.items()
     )
-    return _svg("alone, samples/s by threads", draw, height=2.9, said=said, legend=4)
+    return draw_svg("alone, samples/s by threads", draw, height=2.9, said=said, legend=4)
 
 
 def ladder_plot(joined: Sequence[Joined]) -> Markup | None:
@@ -157,16 +164,16 @@ def ladder_plot(joined: Sequence[Joined]) -> Markup | None:
         rates = [(one.low or one.samples_per_s, one.samples_per_s, one.high) for one in known]
         fast = [max(0.0, 1e3 / mid - 1e3 / max(high, mid)) for _, mid, high in rates]
         slow = [max(0.0, 1e3 / low - 1e3 / mid) for low, mid, _ in rates]
-        axes.barh(range(len(known)), middle, 0.6, color=_SKY)
+        axes.barh(range(len(known)), middle, 0.6, color=SKY)
         axes.errorbar(
             middle, range(len(known)), xerr=[fast, slow],
-            fmt="none", ecolor=_INK, elinewidth=1, capsize=3,
+            fmt="none", ecolor=INK, elinewidth=1, capsize=3,
         )  # fmt: skip
         _rows(axes, [f"... {one.upto}" if n else one.upto for n, one in enumerate(known)])
         axes.set_xlabel("seconds for 1,000 samples of a rank")
 
     said = "; ".join(f"up to {one.upto} {rate(one.samples_per_s)} samples/s" for one in known)
-    return _svg("stages joined, up to", draw, height=1.0 + 0.3 * len(known), said=said)
+    return draw_svg("stages joined, up to", draw, height=1.0 + 0.3 * len(known), said=said)
 
 
 def waits_plot(rows: Sequence[StageRow]) -> Markup | None:
@@ -176,8 +183,8 @@ def waits_plot(rows: Sequence[StageRow]) -> Markup | None:
         if row.in_run is None:
             continue
         for name, waits, colour, marker in (
-            ("get", row.in_run.wait_to_get, _RED, "s"),
-            ("put", row.in_run.wait_to_put, _BLUE, "o"),
+            ("get", row.in_run.wait_to_get, RED, "s"),
+            ("put", row.in_run.wait_to_put, BLUE, "o"),
         ):
             if waits is not None:
                 found.append((f"{row.stage}, {name}", waits, colour, marker))
@@ -210,7 +217,7 @@ def waits_plot(rows: Sequence[StageRow]) -> Markup | None:
         axes.set_xlabel("ms a wait: mark p50, ticks p90 and p99")
 
     said = "; ".join(f"{name} p50 {figure(1e3 * waits.p50_s)} ms" for name, waits, *_ in found)
-    return _svg("waits in the run", draw, height=1.0 + 0.36 * len(found), said=said)
+    return draw_svg("waits in the run", draw, height=1.0 + 0.36 * len(found), said=said)
 
 
 def moment_plots(profile: Profile) -> list[Markup]:
@@ -239,16 +246,14 @@ def moment_plots(profile: Profile) -> list[Markup]:
             return None
 
         def draw(axes: Axes) -> None:
-            for (name, lines), colour, style in zip(
-                known, (_BLUE, _RED), ("-", "--"), strict=False
-            ):
+            for (name, lines), colour, style in zip(known, (BLUE, RED), ("-", "--"), strict=False):
                 for n, line in enumerate(lines):
                     axes.plot(
                         *zip(*line, strict=True), style,
                         color=colour, linewidth=1.5, label=None if n else name,
                     )  # fmt: skip
             for border in borders[:-1]:
-                axes.axvline(border, color=_GREY, linewidth=0.7, linestyle=":")
+                axes.axvline(border, color=GREY, linewidth=0.7, linestyle=":")
             axes.set_ylim(bottom=0)
             axes.locator_params(axis="y", integer=unit == "batches")
             axes.set_xlabel("seconds")
@@ -256,7 +261,9 @@ def moment_plots(profile: Profile) -> list[Markup]:
 
         means = [(name, np.mean([v for line in lines for _, v in line])) for name, lines in known]
         said = "; ".join(f"{name} mean {figure(float(mean))} {unit}" for name, mean in means)
-        return _svg(title, draw, height=2.3, said=said, legend=len(known) if len(known) > 1 else 0)
+        return draw_svg(
+            title, draw, height=2.3, said=said, legend=len(known) if len(known) > 1 else 0
+        )
 
     plots = [
         over_time(
@@ -284,11 +291,11 @@ def forecast_plot(scales: Sequence[Scale], *, step_per_s: float) -> Markup:
         gpus = [one.gpus for one in scales]
         axes.plot(
             gpus, [step_per_s * count for count in gpus],
-            color=_INK, linestyle="--", linewidth=1, label="no GPU waits",
+            color=INK, linestyle="--", linewidth=1, label="no GPU waits",
         )  # fmt: skip
         axes.plot(
             gpus, [one.samples_per_s for one in scales],
-            color=_BLUE, marker="o", linewidth=1.5, label="forecast",
+            color=BLUE, marker="o", linewidth=1.5, label="forecast",
         )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -298,7 +305,7 @@ def forecast_plot(scales: Sequence[Scale], *, step_per_s: float) -> Markup:
         axes.set_xlabel("GPUs")
 
     said = "; ".join(f"{one.gpus} GPUs {rate(one.samples_per_s)}" for one in scales)
-    return _svg("samples/s by GPUs", draw, height=2.7, said=said, legend=2)
+    return draw_svg("samples/s by GPUs", draw, height=2.7, said=said, legend=2)
 
 
 def _received(one: Moment) -> float | None:
@@ -344,47 +351,5 @@ def _powers(axis: Axis, shown: Callable[[float], str]) -> None:
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:
     """The first at the top."""
-    axes.set_yticks(range(len(names)), [_label(name) for name in names])
+    axes.set_yticks(range(len(names)), [short_label(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
-
-
-def _label(name: str) -> str:
-    """Short, and of letters that every font has."""
-    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in name)
-    return plain if len(plain) <= 24 else f"{plain[:21]}..."
-
-
-def _svg(
-    title: str, draw: Callable[[Axes], None], *, height: float, said: str, legend: int = 0
-) -> Markup:
-    """
-    Args:
-        height: in inches.
-        said: what the plot shows, for who cannot see it.
-        legend: columns of it, below; 0 for none.
-    """
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "font.size": 10,
-        "hatch.linewidth": 0.6,
-        "text.parse_math": False,
-    }
-    with matplotlib.rc_context(style):
-        drawing = Figure(figsize=(_WIDTH, height), layout="constrained")
-        axes = drawing.add_subplot()
-        draw(axes)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        if legend:
-            drawing.legend(loc="outside lower left", ncols=legend, frameon=False, fontsize=9)
-        drawn = io.StringIO()
-        drawing.savefig(drawn, format="svg", metadata={"Date": None})
-    text = drawn.getvalue()
-    # The text is matplotlib's, which escapes labels; the description is escaped here.
-    return Markup('<svg role="img" aria-label="{}" ').format(f"{title}: {said}") + Markup(
-        text[text.index("<svg") + len("<svg ") :]
-    )

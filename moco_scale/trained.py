@@ -41,13 +41,18 @@ def open_trained(url: str) -> Trained:
         CheckpointError: there is none, it is torn, or not one of this project.
         ConfigError: its settings are of another version.
     """
-    if url.endswith(_FILES):
+    if is_checkpoint(url):
         run_url, checkpoint = _run_around(url), _checkpoint_at(url)
     else:
         store = open_store(url)
         run_url, checkpoint = store.url, _newest(store)
     config = from_mapping(TrainConfig, checkpoint.config)
     return Trained(run_url=run_url, checkpoint=checkpoint, config=config)
+
+
+def is_checkpoint(url: str) -> bool:
+    """By its name: not a run."""
+    return url.endswith(_FILES)
 
 
 def trained_encoder(trained: Trained) -> nn.Module:

@@ -11,7 +11,7 @@ ALLOWED = {
     "pipelines": {"shards"},
     "moco_scale": {"shards", "pipelines"},
 }
-FIRST_LEVEL = {*ALLOWED, "tests", "demo", "deploy", "benchmarks"}
+FIRST_LEVEL = {*ALLOWED, "tests", "demo", "deploy", "benchmarks", "examples"}
 DOORS = {
     "nvidia": "pipelines/dali_",
     "obstore": "shards/store.py",

@@ -18,14 +18,19 @@ from moco_scale.checkpoint import checkpoint_path
 from moco_scale.cli import main
 from moco_scale.distributed import Ranks, one_rank
 from moco_scale.encoders import build_encoder
-from moco_scale.evaluate import EVALUATION_FILE, PAGE_FILE, SAMPLES_FILE, EvaluateConfig, evaluate
-from moco_scale.evaluation import Evaluation
+from moco_scale.evaluate import EvaluateConfig, evaluate
+from moco_scale.evaluation import (
+    EVALUATION_FILE,
+    PAGE_FILE,
+    SAMPLES_FILE,
+    Evaluation,
+    read_evaluation,
+)
 from moco_scale.features import FOLDER
 from moco_scale.labels import join_labels
 from moco_scale.model import ModelConfig
-from moco_scale.report import _read_evaluation
 from moco_scale.subject import FRESH, RANDOM, TRAINED
-from shards import PackConfig, ShardSet, pack
+from shards import PackConfig, ShardSet, open_store, pack
 from shards.errors import UserError
 from shards.lists import is_list
 from shards.takedown import takedown
@@ -320,7 +325,7 @@ def test_the_command_prints_its_tables_and_leaves_json_and_page(
         "majority",
     ):
         assert shown in said
-    assert _read_evaluation(run) is not None
+    assert read_evaluation(open_store(run)) is not None
     html = page.read_text()
     assert html == Path(run, PAGE_FILE).read_text()
     assert "data:image/jpeg" in html

@@ -922,7 +922,7 @@ def test_an_import_does_not_touch_a_run_that_is_there(
 def test_pickles_are_never_trusted() -> None:
     """Every torch.load says weights_only=True; nothing is unpickled otherwise."""
     checked = 0
-    for package in ("shards", "pipelines", "moco_scale", "demo", "benchmarks"):
+    for package in ("shards", "pipelines", "moco_scale", "demo", "benchmarks", "examples"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if not isinstance(node, ast.Call):

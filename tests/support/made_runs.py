@@ -12,6 +12,7 @@ from torch import Tensor
 from moco_scale.checkpoint import Checkpoint, save_checkpoint
 from moco_scale.config import CONFIG_FILE, TrainConfig, to_mapping
 from moco_scale.encoders import build_encoder
+from moco_scale.metrics import MetricsLog, StepMetrics
 from moco_scale.model import ModelConfig
 from moco_scale.trainer import RunConfig
 from pipelines import DataConfig
@@ -47,16 +48,23 @@ def make_run(
     weights: dict[str, Tensor] | None = None,
     backbone: str = "resnet18",
     view_size: int = 32,
+    seed: int = 0,
+    batch: int = 16,
+    queue: int = 64,
 ) -> str:
     """A run with one checkpoint, of the encoder as it begins or of these weights; its URL."""
     config = TrainConfig(
         data=DataConfig(
-            shards=(shards,), global_batch_size=16, view_size=view_size, loader="cpu", num_threads=1
+            shards=(shards,),
+            global_batch_size=batch,
+            view_size=view_size,
+            loader="cpu",
+            num_threads=1,
         ),
         model=ModelConfig(
-            backbone=backbone, dim=8, queue_size=64, bn_sub_batch=4, shuffle_domain=16
+            backbone=backbone, dim=8, queue_size=queue, bn_sub_batch=4, shuffle_domain=batch
         ),
-        run=RunConfig(url=str(url), seed=0),
+        run=RunConfig(url=str(url), seed=seed),
     )
     encoder = weights or build_encoder(config.model, seed=5).state_dict()
     store = open_store(str(url))
@@ -74,3 +82,35 @@ def make_run(
     )
     save_checkpoint(store, checkpoint, keep=1)
     return str(url)
+
+
+def add_metrics(run: str, *, rows: int = 12, samples_per_s: float = 100.0) -> None:
+    """Figures as of a run of so many rows, ten steps a row, which learned something."""
+    log = MetricsLog(open_store(run), rank=0, ledger=False, first_step=1)
+    for row in range(1, rows + 1):
+        log.add(
+            StepMetrics(
+                step=10 * row,
+                epoch=row / 2,
+                loss=4.0 - row / 8,
+                lookup_accuracy=row / (2 * rows),
+                lr=0.03 * (1 - row / (rows + 1)),
+                grad_norm=1 + row / 10,
+                samples_per_s=samples_per_s * (0.5 if row == 1 else 1 + 0.01 * (row % 3)),
+                step_s=16 / samples_per_s,
+                data_wait_frac=0.02 * (row % 4),
+                checkpoint_stall_ms=20.0 if row % 6 == 0 else 0.0,
+                queue_filled_frac=1.0,
+                world_size=1,
+                last_step=10 * rows,
+                skipped_steps=0,
+                queue_age_steps=4.0,
+                memory_bytes=3 << 29,
+                alignment=1.2,
+                uniformity=-1.5 - row / 20,
+                effective_rank=2 + row / 4,
+                duplicate_key_frac=0.1,
+                knn_accuracy=0.5 + row / 100 if row % 6 == 0 else None,
+            )
+        )
+    log.flush(next_step=10 * rows + 1)
