@@ -6,6 +6,8 @@ PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 IMAGES ?=
 PROCESSES ?= 1
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long check format clean
@@ -14,7 +16,7 @@ help:
 	@echo "make demo                   bucket of real images -> shards -> encoder -> report (some minutes)"
 	@echo "make demo IMAGES=PLACE      the same with your own: a folder, or s3://bucket/prefix"
 	@echo "make test                   the whole test suite (make check is part of CI)"
-	@echo "make check                  lint, formatting, types"
+	@echo "make check                  lint (Python, shell, YAML, Dockerfile), formatting, types"
 	@echo "make test-long              long trials, with the figures they print"
 	@echo "make format                 let ruff rewrite what it can"
 
@@ -38,6 +40,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files -z '*.sh' '*.sbatch' 'deploy/env/*.env' .ci/run | xargs -0 -r $(BIN)/shellcheck
+	git ls-files -z '*.yml' '*.yaml' .yamllint | xargs -0 -r $(BIN)/yamllint --strict
+	git ls-files -z '*Dockerfile' | xargs -0 -r $(BIN)/hadolint
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix-only .
