@@ -458,10 +458,15 @@ def _spans(device: torch.device) -> Spans:
 def _device(choice: str, *, index: int) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"torch finds no CUDA device on this machine; see with nvidia-smi whether there is a "
+            f"driver, and one for CUDA {torch.version.cuda} or newer, or give --run.device cpu"
+        )
+    found = torch.cuda.device_count()
     if index >= found:
         raise ConfigError(
             f"local rank {index} has no CUDA device: {found} found on this machine; start "
-            "fewer processes per node, or give --run.device cpu"
+            "fewer processes per node"
         )
     return torch.device("cuda", index)

@@ -140,7 +140,12 @@ class MoCo(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_published_names)  # type: ignore[no-untyped-call]  # torch's
 
     def compile_encoders(self) -> None:
-        """Compile both with torch.compile, in place: names of weights stay."""
+        """Compile both with torch.compile, in place: names of weights stay.
+
+        Raises:
+            ConfigError: torch.compile does not work on this machine.
+        """
+        _check_compiler(next(self.parameters()).device)
         for encoder in (self.encoder_q, self.encoder_k):
             if encoder is not None:
                 encoder.compile()
@@ -339,6 +344,27 @@ class MoCo(nn.Module):
         ):
             embedded: Tensor = encoder(normalised(views))
         return functional.normalize(embedded.to(weights.dtype), dim=1)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile something small: without a C compiler the first step would end in a traceback."""
+    plus_one = torch.compile(_plus_one, options={"fx_graph_cache": False})
+    try:
+        plus_one(torch.zeros(8, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as err:  # torch's and triton's have nothing else in common
+        lines = str(err).splitlines()
+        told = next((line for line in lines if "error: " in line), lines[0])
+        raise ConfigError(
+            f"run.compile: torch.compile does not work on this machine ({told.strip()}); install "
+            "a C++ compiler and Python's headers (Debian: g++ libpython3-dev), or give "
+            "--run.no-compile"
+        ) from err
+
+
+def _plus_one(numbers: Tensor) -> Tensor:
+    return numbers + 1
 
 
 def _dictionary(

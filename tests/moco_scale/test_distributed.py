@@ -237,6 +237,14 @@ def test_a_first_node_without_an_address_is_refused_at_once(
         distributed.start("cpu", timeout_s=5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_driver_is_named_with_the_version_that_is_needed() -> None:
+    needed = rf"nvidia-smi .* CUDA {torch.version.cuda} or newer"
+
+    with pytest.raises(ConfigError, match=needed):
+        distributed.start("cuda")
+
+
 def test_a_rank_whose_others_do_not_come_says_so_at_its_deadline(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

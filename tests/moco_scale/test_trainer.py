@@ -13,7 +13,7 @@ import torch
 
 from moco_scale.checkpoint import latest, saved_steps
 from moco_scale.distributed import Ranks, one_rank
-from moco_scale.errors import CheckpointError, TrainError
+from moco_scale.errors import CheckpointError, ConfigError, TrainError
 from moco_scale.metrics import MetricsLog, StepMetrics, read_ledger, read_metrics
 from moco_scale.model import ModelConfig
 from moco_scale.optim import OptimConfig
@@ -446,12 +446,21 @@ def test_a_compiled_run_makes_the_same_steps_and_checkpoints(url: str) -> None:
     build(url, max_steps=3, compile=True).run()
     build(f"{url}-plain", max_steps=3).run()
 
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]  # type: ignore[attr-defined]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # type: ignore[attr-defined]
+    assert graphs > 1, "only the trial before the encoders was compiled"
     plain, compiled = state(f"{url}-plain"), state(url)
     assert plain.keys() == compiled.keys()
     for name, tensor in plain.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4)
     assert build(url).resumed_from.endswith("step-000000003.pt")
+
+
+def test_compiling_without_a_compiler_is_refused_before_the_first_step(url: str) -> None:
+    torch.compiler.reset()
+    nothing = torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler")})
+
+    with nothing, pytest.raises(ConfigError, match=r"^run\.compile: .*No working C\+\+ compiler"):
+        build(url, compile=True)
 
 
 def test_a_run_that_is_broken_for_good_stops_and_saves_none_of_it(url: str) -> None:
