@@ -108,8 +108,8 @@ class Requests:
     """Runs the requests of one store.
 
     Args:
-        judge: what an exception means, given where it happened; what is not of the types `caught`
-            is a bug and passes through.
+        judge: what an exception means, given where it happened and the right that the request
+            needs; what is not of the types `caught` is a bug and passes through.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Requests:
         limiter: Limiter,
         *,
         caught: tuple[type[Exception], ...],
-        judge: Callable[[Exception, str], Refusal],
+        judge: Callable[[Exception, str, str], Refusal],
         deadline_s: float = DEADLINE_S,
     ) -> None:
         self._limiter = limiter
@@ -128,10 +128,10 @@ class Requests:
         self._requests = self._retries = self._resumes = self._throttles = 0
         self._read_bytes = self._written_bytes = 0
 
-    def run(self, where: str, action: Callable[[int], T], *, reads: bool = False) -> T:
+    def run(self, where: str, action: Callable[[int], T], *, right: str, reads: bool = False) -> T:
         """Do one request; `action` is given the number of the attempt, from 1.
 
-        With `reads`, what it returns are bytes that were read.
+        With `reads`, what it returns are bytes that were read. `right` is named where it is denied.
 
         Waits between attempts at random up to a bound that doubles (full jitter), so that clients
         which failed together do not come back together.
@@ -143,7 +143,7 @@ class Requests:
             try:
                 found = action(attempt)
             except self._caught as err:
-                refusal, cause = self._judge(err, where), err
+                refusal, cause = self._judge(err, where, right), err
             except BaseException:
                 self._limiter.leave(answered=False)
                 raise

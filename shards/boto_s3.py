@@ -5,6 +5,7 @@ import datetime
 import os
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,6 +49,9 @@ class Credentials:
     expires in time if it is asked. So each answer is called short-lived: obstore then asks again,
     at most ten times a second, and keys that were replaced are used at once. (obstore's own
     provider lets it keep a key for 25 minutes, of which boto3 promises ten.)
+
+    What boto3 reads out of a file it never reads again, but such files are written anew by whoever
+    rotates keys, as Kubernetes does with a Secret: so they are looked at here.
     """
 
     def __init__(self, session: boto3.Session) -> None:
@@ -55,8 +59,15 @@ class Credentials:
         if found is None:
             raise ValueError("no credentials found")
         self._credentials = found
+        self._seen = _written_at() if found.method in _OF_FILES else None
 
     def __call__(self) -> Any:
+        if self._seen is not None and (now := _written_at()) != self._seen:
+            # A file that is half written, or gone for a moment, is looked at again.
+            with contextlib.suppress(BotoCoreError):
+                found = boto3.Session().get_credentials()
+                if found is not None:
+                    self._credentials, self._seen = found, now
         frozen = self._credentials.get_frozen_credentials()
         return {
             "access_key_id": frozen.access_key,
@@ -66,6 +77,25 @@ class Credentials:
         }
 
 
+_OF_FILES = ("shared-credentials-file", "config-file")
+
+
+def _written_at() -> list[int]:
+    """When the files that hold keys were written; 0 for one that is not there."""
+    names = {
+        "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials",
+        "AWS_CONFIG_FILE": "~/.aws/config",
+    }
+    found = []
+    for variable, default in names.items():
+        try:
+            path = Path(os.environ.get(variable) or default).expanduser()
+            found.append(path.stat().st_mtime_ns)
+        except OSError:
+            found.append(0)
+    return found
+
+
 def session_and_client(*, read_timeout_s: float) -> tuple[boto3.Session, Any]:
     """A session by today's settings, and its S3 client; made once for each state of them.
 
@@ -73,7 +103,8 @@ def session_and_client(*, read_timeout_s: float) -> tuple[boto3.Session, Any]:
         BotoCoreError, ValueError: no usable settings.
     """
     settings = (item for item in os.environ.items() if item[0].startswith("AWS_"))
-    return _session_and_client((os.environ.get("HOME"), *sorted(settings)), read_timeout_s)
+    state = (os.environ.get("HOME"), *sorted(settings), *_written_at())
+    return _session_and_client(state, read_timeout_s)
 
 
 @lru_cache(maxsize=8)

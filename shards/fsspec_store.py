@@ -62,7 +62,7 @@ class FsspecStore:
         self._requests = Requests(
             limiter_of(self.url), caught=(Exception,), judge=_judge, deadline_s=deadline_s
         )
-        self._fs, root = self._requests.run(self.url, lambda _: url_to_fs(self.url))
+        self._fs, root = self._requests.run(self.url, lambda _: url_to_fs(self.url), right="")
         self._root = str(self._fs._strip_protocol(root)).rstrip("/")
         self._alone: contextlib.AbstractContextManager[Any] = (
             contextlib.nullcontext() if self._fs.async_impl else threading.Lock()
@@ -251,10 +251,10 @@ class FsspecStore:
                 return action()
 
         where = self.uri(path) if path else self.url
-        return self._requests.run(where, alone, reads=reads)
+        return self._requests.run(where, alone, right="", reads=reads)
 
 
-def _judge(err: Exception, where: str) -> Refusal:
+def _judge(err: Exception, where: str, _right: str) -> Refusal:
     """File systems raise what they like: builtin errors, or their client's, often with a status."""
     if isinstance(err, StoreError):
         return Refusal(error=err, attempts=1)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from shards.catalog import rows_of
 from shards.errors import SourceError
 from shards.places import HOSTED, Place, StoreFile, Stores, file_of, place_of
+from shards.store import SECRET, refuse_secrets
 
 ADDRESS_COLUMNS = ("uri", "url", "path", "key")
 _ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".txt",
@@ -197,6 +198,9 @@ def _size(source: str, column: pa.Array, number: int) -> pa.Array:
 
 def _split(uris: pa.Array, beside: Place) -> tuple[pa.Array, pa.Array]:
     """Roots and paths. Whole addresses of buckets at Arrow's speed, others one by one."""
+    secret = pc.match_substring_regex(uris, SECRET)
+    if pc.any(secret).as_py():
+        refuse_secrets(uris[pc.index(secret, True).as_py()].as_py())
     found = pc.extract_regex(
         uris, pattern=rf"(?s)^(?P<root>(?:{'|'.join(HOSTED)})://[^/]+)/(?P<path>.+)$"
     )

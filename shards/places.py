@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 from shards.errors import ChangedError
 from shards.objects import ObjectInfo
-from shards.store import Store, open_store
+from shards.store import Store, open_store, refuse_secrets
 
 HOSTED = ("s3", "gs", "az", "http", "https")
 """Schemes whose root is scheme://host, so that it does not matter which prefix was named."""
@@ -43,6 +43,7 @@ def file_of(source: str) -> Place:
 
 
 def _split(source: str) -> Place:
+    refuse_secrets(source)
     scheme, separator, rest = source.partition("://")
     if not separator:
         return Place(str(_absolute(source)), "")

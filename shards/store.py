@@ -45,6 +45,7 @@ from shards.objects import LISTING, Allocate, Bytes, ObjectInfo, StoreStats, all
 
 __all__ = [
     "LISTING",
+    "SECRET",
     "Bytes",
     "ObjectInfo",
     "ObjectStore",
@@ -53,6 +54,7 @@ __all__ = [
     "bucket_region",
     "machine_region",
     "open_store",
+    "refuse_secrets",
 ]
 
 READ_THREADS = 16
@@ -145,8 +147,9 @@ def open_store(url: str, *, requester_pays: bool = False, deadline_s: float = DE
 
     Raises:
         AccessError: no credentials to be found.
-        StoreError: the address cannot be one, or its scheme is unknown.
+        StoreError: the address cannot be one, has a secret in it, or its scheme is unknown.
     """
+    refuse_secrets(url)
     scheme, separator, rest = url.partition("://")
     if not separator:
         if not url or re.match(r"(s3|gs|az|https?|file|memory):", url):
@@ -179,6 +182,29 @@ def open_store(url: str, *, requester_pays: bool = False, deadline_s: float = DE
         raise StoreError(f"{url}: cannot be opened: {_first_line(err)}") from err
     root = "/".join(clean.split("/")[:3])
     return ObjectStore(clients[:-1], clients[-1], url=clean, root=root, deadline_s=deadline_s)
+
+
+def refuse_secrets(url: str) -> None:
+    """Addresses are written into manifests and logs, so nothing secret may be in one.
+
+    Raises:
+        StoreError: a password before the host, or a signature behind the path.
+    """
+    for part in url.split("::"):
+        if re.match(SECRET, part):
+            bare = re.sub(r"(?<=://)[^/@]*@", "...@", part.partition("?")[0])
+            raise StoreError(
+                f"{bare}: a password or signature in an address would be written down in manifests "
+                "and logs; give it where the store's client looks for it (AWS_ACCESS_KEY_ID, "
+                "AZURE_STORAGE_SAS_TOKEN, FSSPEC_FTP_PASSWORD, ...)"
+            )
+
+
+SECRET = (
+    r"(?i)^([a-z0-9+.-]+://[^/@]*:[^/@]*@"
+    r"|https?://[^?]*\?(.*&)?(X-(Amz|Goog)-(Signature|Credential)|Signature|sig)=)"
+)
+"""What an address begins with that has a secret in it; a regular expression of Python and RE2."""
 
 
 class ObjectStore:
@@ -238,7 +264,7 @@ class ObjectStore:
 
         while True:
             try:
-                page = self._requests.run(self.url, next_page)
+                page = self._requests.run(self.url, next_page, right=_LIST)
                 if page is None:
                     return
                 found = _listing(page)
@@ -264,9 +290,9 @@ class ObjectStore:
     def head(self, path: str) -> ObjectInfo:
         if self._odd_keys and self._is_odd(path):
             odd_keys = self._odd_keys
-            return self._requests.run(self.uri(path), lambda _: odd_keys.head(path))
+            return self._requests.run(self.uri(path), lambda _: odd_keys.head(path), right=_READ)
         found = self._requests.run(
-            self.uri(path), lambda attempt: obstore.head(self._reader(attempt), path)
+            self.uri(path), lambda attempt: obstore.head(self._reader(attempt), path), right=_READ
         )
         return ObjectInfo(
             path=path, size=found["size"], etag=_etag(found), modified=found["last_modified"]
@@ -277,7 +303,7 @@ class ObjectStore:
             return self._read_odd(path, None, if_match)
         body = _Body(path, None, if_match)
         return self._requests.run(
-            self.uri(path), lambda attempt: self._receive(body, attempt), reads=True
+            self.uri(path), lambda attempt: self._receive(body, attempt), right=_READ, reads=True
         )
 
     def read_ranges(
@@ -296,7 +322,10 @@ class ObjectStore:
                 return self._read_odd(path, (start, end), if_match)
             body = _Body(path, (start, end), if_match, allocate)
             return self._requests.run(
-                self.uri(path), lambda attempt: self._receive(body, attempt), reads=True
+                self.uri(path),
+                lambda attempt: self._receive(body, attempt),
+                right=_READ,
+                reads=True,
             )
 
         pairs = [(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
@@ -351,13 +380,18 @@ class ObjectStore:
         written = self._requests.run(
             self.uri(path),
             lambda _: obstore.put(self._writer, path, buffers, mode=mode, use_multipart=False),
+            right=_WRITE,
         )
         parts: Sequence[Bytes] = buffers if isinstance(buffers, list | tuple) else [buffers]
         self._requests.count(written=sum(memoryview(part).nbytes for part in parts))
         return _etag(written)
 
     def copy(self, source: str, target: str) -> None:
-        self._requests.run(self.uri(source), lambda _: obstore.copy(self._writer, source, target))
+        self._requests.run(
+            self.uri(source),
+            lambda _: obstore.copy(self._writer, source, target),
+            right=f"{_READ}, and {_WRITE} for {target}",
+        )
 
     def delete(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -368,7 +402,9 @@ class ObjectStore:
                 continue
 
     def _delete(self, path: str) -> None:
-        self._requests.run(self.uri(path), lambda _: obstore.delete(self._writer, path))
+        self._requests.run(
+            self.uri(path), lambda _: obstore.delete(self._writer, path), right=_DELETE
+        )
 
     def _refuse_odd(self, path: str) -> None:
         """Odd keys are others' and only read: obstore would write beside some of them."""
@@ -408,6 +444,7 @@ class ObjectStore:
                 lambda _: obstore.list_with_delimiter(
                     self._readers[0], prefix or None, return_arrow=True
                 ),
+                right=_LIST,
             )
         except _OddKeyError:
             if self._odd_keys is None:
@@ -435,7 +472,7 @@ class ObjectStore:
         if self._starts_with_slash is None:
             odd_keys = self._odd_keys
             self._starts_with_slash = self._requests.run(
-                self.url, lambda _: odd_keys.begin_with_a_slash()
+                self.url, lambda _: odd_keys.begin_with_a_slash(), right=_LIST
             )
         return self._starts_with_slash
 
@@ -464,7 +501,7 @@ class ObjectStore:
             return odd_keys.page(prefix, start_after=start_after, token=token, delimiter=delimiter)
 
         while True:
-            page, token, odd = self._requests.run(self.url, ask)
+            page, token, odd = self._requests.run(self.url, ask, right=_LIST)
             yield page, odd
             if token is None:
                 return
@@ -482,7 +519,7 @@ class ObjectStore:
                 _check_length(data, span[1] - span[0])
             return data
 
-        return self._requests.run(self.uri(path), fetch, reads=True)
+        return self._requests.run(self.uri(path), fetch, right=_READ, reads=True)
 
     def _check(self, path: str, etag: str, wanted: str) -> None:
         # Some gateways and web servers do not know If-Match.
@@ -561,9 +598,9 @@ class _OddKeyError(StoreError):
 _CAUGHT = (refused.BaseError, WrongAnswer, OSError, ValueError, BotoCoreError, ClientError)
 
 
-def _judge(err: Exception, where: str) -> Refusal:
+def _judge(err: Exception, where: str, right: str) -> Refusal:
     """An exception of obstore or boto3 as one of ours, and whether another attempt may help."""
-    error = _translate(err, where)
+    error = _translate(err, where, right)
     status, said = _status(err), str(err)
     if "ExpiredToken" in said or "RequestExpired" in said:
         return Refusal(error=error, attempts=FEW)  # renewed ones may be there already
@@ -586,8 +623,12 @@ def _status(err: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def _translate(err: Exception, where: str) -> StoreError:
-    """With the address and what to do."""
+def _translate(err: Exception, where: str, right: str) -> StoreError:
+    """With the address and what to do.
+
+    Args:
+        right: what the request needs, by its name in S3.
+    """
     status, said, text = _status(err), str(err), _first_line(err)
 
     def says(*words: str) -> bool:
@@ -603,14 +644,24 @@ def _translate(err: Exception, where: str) -> StoreError:
         return NotFoundError(f"{where}: {what}; check the address")
     if says("RequestTimeTooSkewed"):
         return AccessError(f"{where}: refused, because this machine's clock is wrong; set it")
+    if says("ExpiredToken", "RequestExpired"):
+        return AccessError(f"{where}: access denied; the credentials have expired: renew them")
+    if code := next((code for code in _UNKNOWN if code in said), None):
+        return AccessError(
+            f"{where}: access denied; the store does not accept these credentials ({code}): check "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile"
+        )
     if (
         status in (401, 403)
         or isinstance(
             err, refused.PermissionDeniedError | refused.UnauthenticatedError | PermissionError
         )
-        or says(*_DENIED)
+        or says("AccessDenied")
     ):
-        return AccessError(f"{where}: access denied; check the credentials and their rights")
+        needed = right if where.startswith(("s3:", "s3a:")) else right.removeprefix("s3:")
+        return AccessError(
+            f"{where}: access denied; check the credentials, and that their policy allows {needed}"
+        )
     if says("ConditionalRequestConflict", "OperationAborted"):  # 409: another write is under way
         return UnreachableError(f"{where}: another write is under way")
     if isinstance(err, refused.AlreadyExistsError):
@@ -631,13 +682,9 @@ def _translate(err: Exception, where: str) -> StoreError:
 
 
 _WHAT_IS_ODD = "a name with an empty part, '.', '..' or a control character cannot be used here"
-_DENIED = (
-    "AccessDenied",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "InvalidToken",
-    "ExpiredToken",
-)
+_UNKNOWN = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId")
+_LIST, _READ, _WRITE = "s3:ListBucket", "s3:GetObject", "s3:PutObject"
+_DELETE = "s3:DeleteObject"
 _WRONG = ("Received non-partial response", "source: UnexpectedRange", "Got invalid list response")
 
 
