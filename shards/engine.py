@@ -22,7 +22,8 @@ Result = TypeVar("Result")
 
 _REPEATS = 20
 _CONNECT_S = 10.0
-_NO_CLUSTER_S = 120.0
+_NO_CLUSTER_S = 900.0  # what Ray itself gives a cloud to start a node
+_SAID_AFTER_S = 10.0
 
 
 class Engine(Protocol):
@@ -126,16 +127,25 @@ class RayEngine:
         task = ray.remote(num_cpus=1, max_retries=_REPEATS, scheduling_strategy="SPREAD")(_call)
         shared = ray.put(run)
         running: list[Any] = []
-        last_seen = time.monotonic()
+        last_seen, is_said = time.monotonic(), False
         while True:
             cpus = int(ray.cluster_resources().get("CPU", 0))
-            last_seen = time.monotonic() if cpus else last_seen
-            if time.monotonic() - last_seen > _NO_CLUSTER_S:
+            if cpus:
+                last_seen, is_said = time.monotonic(), False
+            without_s = time.monotonic() - last_seen
+            if without_s > _SAID_AFTER_S and not is_said:
+                logger.warning(
+                    "the Ray cluster has no CPU; waiting up to %.0f s for a node", _NO_CLUSTER_S
+                )
+                is_said = True
+            if without_s > _NO_CLUSTER_S:
                 raise ShardError(
                     f"the Ray cluster has had no CPU for {_NO_CLUSTER_S:.0f} s; what was committed "
                     "stays: run the same command again when it has"
                 )
-            room = (self._workers or 2 * cpus) - len(running)
+            # A cluster that has no worker yet starts one for a task that waits, and more for those
+            # that wait then.
+            room = (self._workers or 2 * max(1, cpus)) - len(running)
             running += [task.remote(shared, item) for item in islice(items, max(0, room))]
             if not running:
                 return
