@@ -11,9 +11,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 ACCESS_KEY, SECRET_KEY = "demo", "demo-secret"  # of a server that only this machine can reach
@@ -25,6 +25,7 @@ class LocalS3:
     Args:
         folder: where the objects live; a temporary folder, removed at the end, when None.
         identities: further SeaweedFS identities beside the administrator, as in its s3.json.
+        policies: IAM policies as JSON, by the name that an identity's `policyNames` has.
         address: where it listens.
         enter: a command that runs the server, such as one that enters another network.
     """
@@ -34,12 +35,14 @@ class LocalS3:
         folder: Path | None = None,
         *,
         identities: Sequence[dict[str, Any]] = (),
+        policies: Mapping[str, str] = MappingProxyType({}),
         address: str = "127.0.0.1",
         enter: Sequence[str] = (),
     ) -> None:
         self._own_folder = folder is None
         self._folder = Path(tempfile.mkdtemp(prefix="moco-s3-")) if folder is None else folder
         self._identities = list(identities)
+        self._policies = [{"name": n, "content": text} for n, text in policies.items()]
         self._address = address
         self._enter = list(enter)
         self._process: subprocess.Popen[bytes] | None = None
@@ -111,7 +114,8 @@ class LocalS3:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         settings = self._folder.absolute() / "s3.json"
-        settings.write_text(json.dumps({"identities": [admin, *self._identities]}))
+        known = {"identities": [admin, *self._identities], "policies": self._policies}
+        settings.write_text(json.dumps(known))
         command = [
             *self._enter,
             _weed(),

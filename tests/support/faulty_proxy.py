@@ -81,6 +81,8 @@ class Request:
     """With its query, percent-decoded."""
     headers: Mapping[str, str]
     """Names in lower case."""
+    posted: bytes = b""
+    """The body of a POST, which names the objects to be deleted."""
 
 
 class FaultyProxy:
@@ -163,9 +165,8 @@ class FaultyProxy:
         self._closing.wait(max(0.0, until - time.perf_counter()))
 
     def _forward(
-        self, handler: BaseHTTPRequestHandler, fault: Fault | None
+        self, handler: BaseHTTPRequestHandler, sent: bytes, fault: Fault | None
     ) -> tuple[int, dict[str, str], bytes]:
-        sent = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         if fault is not None and fault.kind == "status":
             code = {403: "AccessDenied", 404: "NoSuchKey", 429: "SlowDown", 503: "SlowDown"}
             name = fault.code or code.get(fault.status, "InternalError")
@@ -224,9 +225,10 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
 
         def forward(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
-            request = Request(self.command, unquote(self.path), headers)
-            fault = proxy._choose(request)
-            status, answer, body = proxy._forward(self, fault)
+            sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            posted = sent if self.command == "POST" else b""
+            fault = proxy._choose(Request(self.command, unquote(self.path), headers, posted))
+            status, answer, body = proxy._forward(self, sent, fault)
             self.send_response(status)
             for name, value in ({"Content-Length": str(len(body))} | answer).items():
                 self.send_header(name, value)
