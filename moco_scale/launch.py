@@ -4,12 +4,14 @@
 
 torchrun itself ends with 1 and a traceback whatever happened. Exit codes here: 0 done; 75 start it
 again and it goes on (a host was lost, or a signal stopped the run and it saved); else what the
-first process that failed ended with.
+first process that failed ended with. SIGUSR1, which ends torchrun, is passed on as SIGTERM is.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -25,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Else agents share a store whose address the first of them tells once: a host that is started
     # again waits for it in vain, and all end (pytorch/pytorch#135712; seen with torch 2.14).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Schedulers warn with it, the same as with SIGTERM, before a job's time is up.
+    signal.signal(signal.SIGUSR1, _stop)
     try:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]  # torch does not type them
     except ChildFailedError as err:
@@ -36,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SignalException as err:
         return _again(f"stopped by {err.sigval.name}")
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  signal's signature
+    """As torchrun does with SIGTERM: its agent catches this, passes the signal on and waits."""
+    received = signal.Signals(number)
+    raise SignalException(received.name, received)
 
 
 def _of_workers(err: ChildFailedError) -> int:

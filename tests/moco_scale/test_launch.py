@@ -23,15 +23,19 @@ def test_the_exit_code_is_that_of_the_workers(worker: int, launcher: int) -> Non
     assert ("start the same command again" in done.stderr) == (launcher == 75)
 
 
-def test_a_signal_reaches_the_workers_and_asks_for_another_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_workers_and_asks_for_another_start(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     ready, saved = tmp_path / "ready", tmp_path / "saved"
-    script = f"trap 'touch {saved}; exit 75' TERM; touch {ready}; while :; do sleep 0.1; done"
+    name = number.name.removeprefix("SIG")
+    script = f"trap 'touch {saved}; exit 75' {name}; touch {ready}; while :; do sleep 0.1; done"
     with subprocess.Popen([*LAUNCH, script], stderr=subprocess.PIPE, text=True) as process:
         wait_until(ready.exists, timeout_s=60, what="the worker")
 
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
 
     assert process.returncode == 75
     assert saved.exists()
-    assert "stopped by SIGTERM" in said
+    assert f"stopped by {number.name}" in said

@@ -2,10 +2,11 @@
 
     with Slurm() as slurm:
         done = slurm.run("srun", "-N2", "hostname")     # a CompletedProcess
-        job = slurm.submit("#!/bin/bash\nsrun ...", log=path)
+        job = slurm.submit("--nodes=2", "deploy/slurm/pretrain.sbatch", "--preset", ..., log=path)
         slurm.state(job)                                # RUNNING
 
-Both nodes are this machine: two slurmd on loopback, told apart by their ports.
+Both nodes are this machine: two slurmd on loopback, told apart by their ports. Each has a core of
+its own, as far as they go round, and says that it has two GPUs, which are not there.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -24,9 +25,16 @@ from tests.support.hosts import wait_until
 _HOSTNAME = socket.gethostname().split(".")[0]
 NODES = (_HOSTNAME, f"{_HOSTNAME}-second")
 """The first resolves, as nodes' names do on a cluster; nobody asks for the second's address."""
+_CREDENTIAL_S = 5
+"""How long nodes take a job's credential for valid (Slurm: 120); so long a requeued job waits.
+
+It must: a node refuses a start of the same second in which it ended the one before ("Job 1 already
+killed, do not launch batch job"), and then the job has failed. So no StartTime=now.
+"""
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _COMMANDS = ("srun", "sbatch", "scontrol", "scancel", "squeue", "sinfo")
-_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+_SYSTEM = ":/usr/sbin:/sbin"
+"""Where Debian keeps the daemons, behind $PATH."""
 
 _CONFIG = """\
 ClusterName=moco
@@ -34,7 +42,7 @@ SlurmctldHost={hostname}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
+AuthInfo=socket={folder}/munge.sock,cred_expire={credential_s}
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
@@ -49,18 +57,22 @@ MpiDefault=none
 ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
 KillWait=20
 {nodes}
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
-_NODE = "NodeName={name} NodeHostname={hostname} NodeAddr=127.0.0.1 Port={port} CPUs=2"
+_NODE = "NodeName={name} NodeHostname={hostname} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2"
+_GPUS = "AutoDetect=off\nName=gpu File={folder}/gpu[0-1]\n"
 
 
 def why_not() -> str:
     """Why this machine cannot run it; empty where it can."""
     if os.geteuid() != 0:
         return "needs root, for slurmd"
-    missing = [name for name in (*_DAEMONS, *_COMMANDS) if shutil.which(name, path=_PATH) is None]
+    path = os.environ["PATH"] + _SYSTEM
+    missing = [name for name in (*_DAEMONS, *_COMMANDS) if shutil.which(name, path=path) is None]
     return f"needs {', '.join(missing)} (Debian: slurm-wlm, munge)" if missing else ""
 
 
@@ -70,8 +82,6 @@ class Slurm:
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="moco-slurm-"))
         self._daemons: list[subprocess.Popen[bytes]] = []
-        self.environment = {"PATH": _PATH, "SLURM_CONF": str(self._folder / "slurm.conf")}
-        """What Slurm's commands need beside this process's environment."""
 
     def __enter__(self) -> "Slurm":
         try:
@@ -123,35 +133,22 @@ class Slurm:
             check=False,
         )
 
-    def submit(
-        self, script: str, *options: str, log: Path, env: Mapping[str, str] | None = None
-    ) -> str:
-        """Submit a batch script and return the job's id; each start appends its output to `log`."""
-        submitted = subprocess.run(
-            ["sbatch", "--parsable", "--open-mode=append", f"--output={log}", *options],
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            env=self._environment(env),
-            check=True,
-        )
-        return submitted.stdout.strip()
+    def submit(self, *arguments: str, log: Path, env: Mapping[str, str] | None = None) -> str:
+        """Hand a job to sbatch and return its id.
+
+        Args:
+            arguments: of sbatch: options, the batch file, and what the file shall be given.
+            log: each start appends its output.
+            env: beside this process's environment.
+        """
+        done = self.run("sbatch", "--parsable", f"--output={log}", *arguments, env=env)
+        if done.returncode:
+            raise RuntimeError(f"sbatch: {done.stderr.strip()}")
+        return done.stdout.strip()
 
     def state(self, job: str) -> str:
         """The job's state in Slurm's words: PENDING, RUNNING, COMPLETED, ..."""
         return self._show(job).get("JobState", "")
-
-    def await_restart(self, job: str, *, timeout_s: float) -> None:
-        """Wait until a job is requeued and runs again, without the two minutes that Slurm waits."""
-
-        def runs_again() -> bool:
-            # In vain while the nodes still clean up after the start before, so it is asked again.
-            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-            shown = self._show(job)
-            return shown["Restarts"] != "0" and shown["JobState"] == "RUNNING"
-
-        wait_until(runs_again, timeout_s=timeout_s, what=f"job {job} to run again")
 
     def logs(self) -> str:
         """The end of each daemon's log."""
@@ -162,7 +159,8 @@ class Slurm:
 
     def _environment(self, more: Mapping[str, str] | None) -> dict[str, str]:
         outer = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
-        return {**outer, **(more or {}), **self.environment}
+        given = {**outer, "SLURM_CONF": str(self._folder / "slurm.conf"), **(more or {})}
+        return {**given, "PATH": given["PATH"] + _SYSTEM}
 
     def _show(self, job: str) -> dict[str, str]:
         shown = self.run("scontrol", "--oneliner", "show", "job", job).stdout
@@ -176,12 +174,16 @@ class Slurm:
                 folder=folder,
                 hostname=_HOSTNAME,
                 controller_port=controller_port,
+                credential_s=_CREDENTIAL_S,
                 nodes="\n".join(
                     _NODE.format(name=name, hostname=_HOSTNAME, port=port)
                     for name, port in zip(NODES, node_ports, strict=True)
                 ),
             )
         )
+        (folder / "gres.conf").write_text(_GPUS.format(folder=folder))
+        for device in ("gpu0", "gpu1"):
+            (folder / device).touch()
         for name in ("state", *NODES):
             (folder / name).mkdir()
         key = folder / "munge.key"
@@ -193,20 +195,24 @@ class Slurm:
         self._daemon("munged", "-F", "--force", f"--seed-file={folder}/munge.seed", *places)
         wait_until((folder / "munge.sock").exists, timeout_s=30, what="munged")
         self._daemon("slurmctld", "-D", "-c")
-        for name in NODES:
-            self._daemon("slurmd", "-D", "-N", name)
+        # Threads of two nodes that spin on the same cores take ten times as long; see
+        # `tests.support.hosts.Host.start`.
+        cores = sorted(os.sched_getaffinity(0))
+        for number, name in enumerate(NODES):
+            core = str(cores[number % len(cores)])
+            self._daemon("slurmd", "-D", "-N", name, before=("taskset", "-c", core))
         wait_until(self._all_idle, timeout_s=60, what="both nodes to be idle")
 
     def _all_idle(self) -> bool:
         states = self.run("sinfo", "-h", "-N", "-o", "%T").stdout.split()
         return states == ["idle"] * len(NODES)
 
-    def _daemon(self, *command: str) -> None:
+    def _daemon(self, *command: str, before: Sequence[str] = ()) -> None:
         printed = (self._folder / f"{command[0]}-{len(self._daemons)}.out.log").open("wb")
         with printed:
             self._daemons.append(
                 subprocess.Popen(
-                    command,
+                    [*before, *command],
                     stdout=printed,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
