@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 NAMESPACES = Path("/run/netns")
+_ETC = Path("/etc/netns")  # of each namespace, what `ip netns exec` lays over /etc
 _PREFIX = "moco"
 
 
@@ -67,6 +68,16 @@ class Host:
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
             )
+
+    def resolve(self, addresses: Mapping[str, Sequence[str]]) -> None:
+        """What this host's resolver knows, in programs that run, too: names by address."""
+        hosts = _ETC / self.namespace / "hosts"
+        hosts.parent.mkdir(parents=True, exist_ok=True)
+        # In place: programs that run hold this very file.
+        with hosts.open("w") as written:
+            print("127.0.0.1 localhost", file=written)
+            for address, names in addresses.items():
+                print(address, *names, file=written)
 
     def link_down(self) -> None:
         """Pull the cable: packets are lost without a word, connections stay open."""
@@ -205,6 +216,7 @@ def _remove(namespace: str) -> None:
         return
     Host(namespace=namespace, address="", port="", switch="", core=0).kill()
     subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+    shutil.rmtree(_ETC / namespace, ignore_errors=True)
 
 
 def _ip(*arguments: str) -> None:
