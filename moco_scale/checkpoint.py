@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +100,17 @@ class CheckpointWriter:
     One checkpoint at a time: the next waits for the one before.
     """
 
-    def __init__(self, store: Store, *, keep: int) -> None:
+    def __init__(
+        self, store: Store, *, keep: int, saved: Callable[[str], None] | None = None
+    ) -> None:
+        """
+        Args:
+            keep: newest checkpoints that stay.
+            saved: is told the URL of each checkpoint that is whole, in the thread that wrote it.
+        """
         self._store = store
         self._keep = keep
+        self._saved = saved
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[str] | None = None
 
@@ -116,9 +124,7 @@ class CheckpointWriter:
         copied = dataclasses.replace(
             checkpoint, model=_copied(checkpoint.model), optimizer=_copied(checkpoint.optimizer)
         )
-        self._running = self._pool.submit(
-            save_checkpoint, self._store, copied, keep=self._keep, best=best
-        )
+        self._running = self._pool.submit(self._save, copied, best)
 
     def wait(self) -> None:
         """Until what was begun is written.
@@ -133,6 +139,12 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait, and end the thread; an error is for `wait` to tell."""
         self._pool.shutdown(wait=True)
+
+    def _save(self, checkpoint: Checkpoint, best: int | None) -> str:
+        url = save_checkpoint(self._store, checkpoint, keep=self._keep, best=best)
+        if self._saved is not None:
+            self._saved(url)
+        return url
 
 
 def _copied(value: Any) -> Any:

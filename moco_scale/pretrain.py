@@ -1,9 +1,11 @@
 """One process of a training run: settings, ranks, loader and trainer put together."""
 
+import contextlib
 import json
 import math
 import signal
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from moco_scale import distributed
 from moco_scale.config import CONFIG_FILE, TrainConfig, load_config, to_mapping
@@ -14,6 +16,9 @@ from moco_scale.trainer import STOP_SIGNALS, Trainer, silence
 from pipelines import Loader, open_loader
 from pipelines.view_maker import ToDevice
 from shards import open_store
+
+if TYPE_CHECKING:
+    from moco_scale.exporter import Exporter
 
 
 def pretrain(
@@ -62,8 +67,18 @@ def _train(
     show: Callable[[StepMetrics], None],
     say: Callable[[str], None],
 ) -> int:
-    loader = open_run_loader(config, ranks)
-    try:
+    with contextlib.ExitStack() as opened:
+        exporter: Exporter | None = None
+        heard = show
+        if config.run.metrics_port:
+            from moco_scale.exporter import open_exporter  # a web server, for who asked for one
+
+            exporter = open_exporter(
+                ranks, address=config.run.metrics_address, port=config.run.metrics_port
+            )
+            opened.callback(exporter.close)
+            heard = exporter.hearing(show)
+        loader = opened.enter_context(contextlib.closing(open_run_loader(config, ranks)))
         trainer = Trainer(
             data=config.data,
             model=config.model,
@@ -71,9 +86,12 @@ def _train(
             run=config.run,
             loader=loader,
             ranks=ranks,
-            progress=show,
+            progress=heard,
             say=say,
+            saved=exporter.saved if exporter else None,
         )
+        if exporter is not None:
+            exporter.watch(trainer)
         if trainer.finished:
             say(f"{config.run.url} is finished: {trainer.step:,} of {trainer.last_step:,} steps")
             return 0
@@ -105,5 +123,3 @@ def _train(
             return EXIT_AGAIN
         say(f"done after {result.step:,} steps: {config.run.url}")
         return 0
-    finally:
-        loader.close()

@@ -126,6 +126,11 @@ class RunConfig:
     are written under profile/ in the run. Empty: none."""
     torch_profile_ranks: tuple[int, ...] = ()
     """Ranks that run torch.profiler over the same steps, too. It slows them."""
+    metrics_port: int = 0
+    """Port of an endpoint for Prometheus, /metrics; of the ranks on a host each has its own: this
+    plus its local rank. 0: none."""
+    metrics_address: str = "0.0.0.0"
+    """Address that the endpoints listen at; 127.0.0.1: reached from the same host only."""
 
     @property
     def profiled(self) -> range:
@@ -138,6 +143,8 @@ class RunConfig:
                 raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
         if self.max_steps < 0:
             raise ValueError(f"run.max_steps must be at least 0, not {self.max_steps}")
+        if not 0 <= self.metrics_port < 2**16:
+            raise ValueError(f"run.metrics_port is 0 to {2**16 - 1}, not {self.metrics_port}")
         if not self.profiled and self.torch_profile_ranks:
             raise ValueError("run.torch_profile_ranks needs the steps: give run.profile_steps")
         if any(rank < 0 for rank in self.torch_profile_ranks):
@@ -197,6 +204,7 @@ class Trainer:
         ranks: Ranks,
         progress: Callable[[StepMetrics], None] | None = None,
         say: Callable[[str], None] | None = None,
+        saved: Callable[[str], None] | None = None,
         encoder: nn.Module | None = None,
     ) -> None:
         """Build the model, and go back to the checkpoint that run.resume asks for.
@@ -208,6 +216,7 @@ class Trainer:
                 threads, too, it was opened with the same `ranks.spans`.
             progress: is shown every row of metrics, on rank 0.
             say: is told what a profile has found, on rank 0.
+            saved: is told the URL of each checkpoint that is whole, on rank 0, in another thread.
             encoder: instead of the one that `model` describes; N x 3 x S x S to N x dim.
 
         Raises:
@@ -250,6 +259,7 @@ class Trainer:
         self.parameters = list(self.model.encoder_q.parameters())
         self.optimizer = build_sgd(self.parameters, optim)
         self._show = progress if ranks.speaks else None
+        self._saved = saved
         self._knn = self._open_knn()
         self._best: tuple[float, int] | None = None
         self._stop = _StopSignals()
@@ -328,7 +338,9 @@ class Trainer:
             ledger=self.run_config.ledger,
             first_step=self.step + 1,
         )
-        self._writer = CheckpointWriter(self.store, keep=self.run_config.keep_checkpoints)
+        self._writer = CheckpointWriter(
+            self.store, keep=self.run_config.keep_checkpoints, saved=self._saved
+        )
         self._board = open_board(self.run_config.tensorboard if self.ranks.speaks else "")
         with (
             self._stop.listening(),

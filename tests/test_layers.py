@@ -17,6 +17,7 @@ DOORS = {
     "obstore": "shards/store.py",
     "fsspec": ("shards/store.py", "shards/fsspec_store.py"),
     "boto3": ("shards/store.py", "shards/boto_s3.py"),
+    "prometheus_client": "moco_scale/exporter.py",
     "tyro": ("moco_scale/cli", "moco_scale/settings.py"),
     "torch.distributed": ("moco_scale/distributed.py", "moco_scale/launch.py"),
 }

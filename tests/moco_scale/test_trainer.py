@@ -48,6 +48,7 @@ def build(
     max_bad_frac: float = 0.01,
     checkpoint_every: int = 5,
     progress: Callable[[StepMetrics], None] | None = None,
+    saved: Callable[[str], None] | None = None,
     view_dtype: torch.dtype = torch.float32,
     bf16: Literal["on", "off"] = "off",
     channels_last: bool = True,
@@ -80,6 +81,7 @@ def build(
         ),
         ranks=ranks,
         progress=progress,
+        saved=saved,
         encoder=encoder or small_encoder(),
     )
 

@@ -87,7 +87,11 @@ class FakeLoader:
     def stats(self) -> LoaderStats:
         samples = self.taken * self._batch // self._ranks.world_size
         return LoaderStats(
-            samples=samples, replaced=0, batch_wait_s=0.0, stages=(), stream=StreamStats.none()
+            samples=samples,
+            replaced=self.taken * self._num_replaced,
+            batch_wait_s=0.0,
+            stages=(),
+            stream=StreamStats.none(),
         )
 
     def close(self) -> None:
