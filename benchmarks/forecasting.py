@@ -194,7 +194,7 @@ def inputs_of(setting: Setting, rates: dict[str, float]) -> Inputs:
 
 
 def run(url: str, setting: Setting, *, seconds: float) -> dict[str, Any]:
-    """Samples/s of all ranks, and what rank 0's spans say is the limit."""
+    """Samples/s of all ranks, and what the spans of the rank that waited most say is the limit."""
     context = multiprocessing.get_context("spawn")
     together, free_at = context.Barrier(RANKS), context.Value("d", 0.0)
     results = context.Queue()
@@ -205,10 +205,23 @@ def run(url: str, setting: Setting, *, seconds: float) -> dict[str, Any]:
     ]
     for one in ranks:
         one.start()
-    found: dict[str, Any] = results.get(timeout=10 * DEADLINE_S)
+    found = [results.get(timeout=10 * DEADLINE_S) for _ in ranks]
     for one in ranks:
         one.join(DEADLINE_S)
-    return found
+    wall_s = max(one["wall_s"] for one in found)
+    counted = steps - WARM_UP
+    # A step begins when the slowest has its batch.
+    waiting = sum(map(max, *(one["waits_s"] for one in found))) / wall_s
+    thread = max(found, key=lambda one: sum(one["waits_s"]))["thread"]
+    return {
+        "samples_per_s": RANKS * BATCH * counted / wall_s,
+        "waiting": waiting,
+        "between": 1 - counted * setting.step_s / wall_s - waiting,
+        "bound_by": STEP if waiting < 0.05 else _RESOURCE[thread],
+    }
+
+
+_RESOURCE = {"views": CORES, "stream": "store"}
 
 
 class _SlowStore:
@@ -248,9 +261,9 @@ def _train(
 
     from moco_scale.profiles import Quantiles, in_run
     from moco_scale.profiles import Run as ProfiledRun
-    from moco_scale.verdict import THREADS, model_of
+    from moco_scale.verdict import model_of
     from pipelines.mixture import Mixture
-    from pipelines.spans import Span, Spans
+    from pipelines.spans import VIEWS, Span, Spans
     from pipelines.streaming_loader import StreamingLoader, open_training_maker
     from pipelines.views import pair_of_views
 
@@ -293,35 +306,28 @@ def _train(
     last_s = time.perf_counter()
     spans.recording = False
     loader.close()
-    if rank == 0:
-        counted = steps - WARM_UP
-        wall_s = last_s - first_s
-        mean = Quantiles.of([wall_s / counted])
-        assert mean is not None
-        seen = ProfiledRun(
-            steps=counted,
-            samples_per_s=0.0,
-            cpu_s_per_1000=0.0,
-            step=mean,
-            stages=in_run([*spans.take(), *own], start_s=first_s, end_s=last_s),
-            ranks=(),
-            moments=(),
-        )
-        model = model_of(seen, cores=1)
-        waiting = 1 - counted * setting.step_s / wall_s
-        thread = max(("stream", "views"), key=lambda name: model.threads[name])
-        stage = max(THREADS[thread], key=lambda one: model.seconds.get(one, 0.0))
-        results.put(
-            {
-                "samples_per_s": RANKS * BATCH * counted / wall_s,
-                "waiting": waiting,
-                "bound_by": STEP if waiting < 0.05 else _RESOURCE[thread],
-                "stage": stage,
-            }
-        )
-
-
-_RESOURCE = {"views": CORES, "stream": "store"}
+    counted, taken = steps - WARM_UP, spans.take()
+    wall_s = last_s - first_s
+    mean = Quantiles.of([wall_s / counted])
+    assert mean is not None
+    seen = ProfiledRun(
+        steps=counted,
+        samples_per_s=0.0,
+        cpu_s_per_1000=0.0,
+        step=mean,
+        stages=in_run([*taken, *own], start_s=first_s, end_s=last_s),
+        ranks=(),
+        moments=(),
+    )
+    model = model_of(seen, cores=1)
+    results.put(
+        {
+            "wall_s": wall_s,
+            # For batches that were not there; not what the core did for others in the meantime.
+            "waits_s": [one.seconds for one in taken if one.name == f"wait for {VIEWS}"],
+            "thread": max(_RESOURCE, key=lambda name: model.threads[name]),
+        }
+    )
 
 
 def table(
@@ -334,13 +340,15 @@ def table(
     lines = [
         f"{RANKS} ranks of batch {BATCH}, each on its own core with one decoding thread and "
         f"{READ_THREADS} reads under way; blocks of {BLOCK} of {PHOTOS:,} photos of 500 x 375, two "
-        f"views of {VIEW} px; the step sleeps. Measured before: a core decodes and draws "
+        f"views of {VIEW} px; the step sleeps. Waiting: the slowest rank of each step, for a batch "
+        "that was not there. Between: the rest of the time outside of the step, since a core that "
+        "decodes is not given back at once. Measured before: a core decodes and draws "
         f"{rates['decode_per_core']:,.0f} and reads {rates['read_per_core']:,.0f} samples/s. All "
         "forecasts were on disk before the first run.",
         "",
         "| resource | step's rate / its | forecast, samples/s | run | error | limit forecast | "
-        "limit found (waiting for data) |",
-        "|---|---:|---:|---:|---:|---|---|",
+        "limit found | waiting for data | between |",
+        "|---|---:|---:|---:|---:|---|---|---:|---:|",
     ]
     errors, right = [], 0
     for setting, forecasted, one in zip(settings, predicted, found, strict=True):
@@ -354,7 +362,7 @@ def table(
         lines.append(
             f"| {setting.resource} | {setting.times:g} | {forecasted.samples_per_s:,.0f} | "
             f"{one['samples_per_s']:,.0f} | {100 * error:+.0f} % | {forecasted.bound_by} | "
-            f"{one['bound_by']} ({100 * one['waiting']:.0f} %) |"
+            f"{one['bound_by']} | {100 * one['waiting']:.0f} % | {100 * one['between']:.0f} % |"
         )
     return [
         *lines,
