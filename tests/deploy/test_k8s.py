@@ -172,11 +172,21 @@ def test_names_and_ports_of_the_rendezvous_agree(folder: str, tmp_path: Path) ->
     (port,) = service["spec"]["ports"]
     (container,) = pod["spec"]["containers"]
 
-    endpoint = parse_launch(folder, tmp_path, index="0").rdzv_endpoint
+    launch = parse_launch(folder, tmp_path, index="0")
+    endpoint = launch.rdzv_endpoint
+    first = int(
+        launch.training_script_args[launch.training_script_args.index("--run.metrics-port") + 1]
+    )
 
     assert endpoint == f"{job['metadata']['name']}-0.{name}:{port['port']}"
     assert pod["spec"]["subdomain"] == name
-    assert container["ports"] == [{"name": port["name"], "containerPort": port["port"]}]
+    assert container["ports"] == [
+        {"name": port["name"], "containerPort": port["port"]},
+        *(
+            {"name": f"metrics-{local_rank}", "containerPort": first + local_rank}
+            for local_rank in range(PRETRAINING[folder])
+        ),
+    ]
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["publishNotReadyAddresses"]
     labels = pod["metadata"]["labels"].items()
