@@ -3,8 +3,9 @@
     python -m moco_scale.launch TORCHRUN-ARGUMENTS -m moco_scale pretrain ...
 
 torchrun itself ends with 1 and a traceback whatever happened. Exit codes here: 0 done; 75 start it
-again and it goes on (a host was lost, or a signal stopped the run and it saved); else what the
-first process that failed ended with. SIGUSR1, which ends torchrun, is passed on as SIGTERM is.
+again and it goes on (a host was lost, or a signal stopped the run, whose own line says whether it
+saved); else what the first process that failed ended with. SIGUSR1, which ends torchrun, is passed
+on as SIGTERM is.
 """
 
 import os
