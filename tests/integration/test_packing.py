@@ -173,7 +173,7 @@ def test_a_ray_cluster_that_loses_a_node_writes_the_same_bytes(raw: Raw) -> None
     "fault",
     [
         Fault("status", times=1, per_path=True),
-        Fault("status", times=1, per_path=True, status=500),
+        pytest.param(Fault("status", times=1, per_path=True, status=500), marks=pytest.mark.slow),
         Fault("reset", r"\.jpg", times=1, per_path=True),
         Fault("truncate", r"\.jpg", times=1, per_path=True),
         Fault("whole", r"plan/", method="GET", times=1, per_path=True),

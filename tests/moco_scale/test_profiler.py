@@ -179,7 +179,7 @@ def profiled(plant: Plant, url: str, *, apply: bool = False) -> Profile:
 
 @pytest.mark.s3
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["store of 1 MB/s", "slow augmentation", "slow step"])
+@pytest.mark.parametrize("name", ["store of 1 MB/s", "slow step"])  # all: the slow test below
 def test_a_planted_bottleneck_is_found_by_name(
     name: str, sets: dict[str, str], s3: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
