@@ -7,10 +7,12 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from moco_scale import distributed
 from moco_scale.config import CONFIG_FILE, TrainConfig, load_config, to_mapping
 from moco_scale.distributed import Ranks, broadcast_object
-from moco_scale.errors import EXIT_AGAIN
+from moco_scale.errors import EXIT_AGAIN, TrainError
 from moco_scale.metrics import StepMetrics
 from moco_scale.trainer import STOP_SIGNALS, Trainer, silence
 from pipelines import Loader, open_loader
@@ -33,12 +35,21 @@ def pretrain(
         arguments: of `moco-scale pretrain`.
         show: called with every row of metrics, on rank 0.
         say: called with a line now and then, on rank 0.
+
+    Raises:
+        TrainError: among others, the GPU's memory is too short.
     """
     config = load_config(arguments)
     ranks = distributed.start(config.run.device, timeout_s=config.run.collective_timeout_s)
     try:
         config.validate(world_size=ranks.world_size)
         return _train(config, ranks, show=show, say=say if ranks.speaks else silence)
+    except torch.OutOfMemoryError as err:
+        said = ". ".join(str(err).split(". ")[:3]).rstrip(".")
+        raise TrainError(
+            f"rank {ranks.rank}: {said}; raise optim.accumulation (times the processes it divides "
+            "data.global_batch_size / model.bn_sub_batch), or take a smaller view or backbone"
+        ) from err
     finally:
         distributed.shutdown()
 
