@@ -175,7 +175,7 @@ def _print_step(metrics: "StepMetrics") -> None:
 
 
 def _say(line: str) -> None:
-    console.print(line)
+    console.print(line, soft_wrap=True)  # a log keeps its lines whole
 
 
 def _profile(arguments: list[str]) -> int:

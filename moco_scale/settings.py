@@ -57,7 +57,8 @@ def read_preset(name: str) -> dict[str, Any]:
     Files may be URLs.
 
     Raises:
-        ConfigError: there is no such preset, or it cannot be read.
+        UsageError: there is no such preset.
+        ConfigError: it cannot be read.
     """
     folder = resources.files("moco_scale") / "presets"
     path = Path(name)
@@ -72,7 +73,7 @@ def read_preset(name: str) -> dict[str, Any]:
         known = sorted(
             p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
         )
-        raise ConfigError(
+        raise UsageError(
             f"no preset {name!r}: give one of {', '.join(known)}, or a .toml or .json file"
         ) from err
     except (OSError, ValueError) as err:

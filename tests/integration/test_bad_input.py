@@ -105,7 +105,7 @@ def test_a_misspelt_key_in_a_preset(tmp_path: Path) -> None:
 
 
 def test_a_preset_that_does_not_exist() -> None:
-    said = complaint("pretrain", "--preset", "moco_v9", code=1)
+    said = complaint("pretrain", "--preset", "moco_v9", code=2)
 
     assert "moco_v9" in said
     assert "smoke" in said
