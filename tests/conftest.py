@@ -1,11 +1,11 @@
 """Fixtures that every test folder shares."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from demo.local_s3 import LocalS3
+from tests.support.s3_environment import only_s3
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +18,5 @@ def s3_server() -> Iterator[LocalS3]:
 @pytest.fixture
 def s3(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> LocalS3:
     """The S3 server, with its credentials and endpoint in this test's environment."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
+    only_s3(monkeypatch, s3_server.environment)
     return s3_server

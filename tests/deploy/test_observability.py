@@ -24,8 +24,7 @@ import yaml
 from shards import PackConfig, pack
 from tests.support.command import TINY, pretrain_arguments
 from tests.support.made_runs import make_folders
-from tests.support.ports import two_free_ports
-from tests.support.slurm import free_ports
+from tests.support.ports import free_ports, two_free_ports
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "observability"

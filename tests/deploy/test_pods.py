@@ -1,6 +1,5 @@
 """The commands of deploy/k8s as they stand, in pods on network namespaces, and the loss of pods."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tests.integration.conftest import photo
 from tests.support.command import moco_scale, on_one_core
 from tests.support.hosts import Network, why_not
 from tests.support.kubernetes import RunningJob, build, only
+from tests.support.s3_environment import only_s3
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -50,10 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch, Network(hosts) as network:
         store = network["store"]
         with LocalS3(address=store.address, enter=store.enter) as server:
-            for name in [name for name in os.environ if name.startswith("AWS_")]:
-                patch.delenv(name)
-            for name, value in server.environment.items():
-                patch.setenv(name, value)
+            only_s3(patch, server.environment)
             raw, base = server.make_bucket("pods-raw"), server.make_bucket("pods-out")
             for number in range(NUM_IMAGES):
                 open_store(raw).put(f"{number:03}.jpg", photo(seed=number))

@@ -33,6 +33,7 @@ from tests.support.command import (
     pretrain_arguments,
 )
 from tests.support.faulty_proxy import Fault, FaultyProxy, Request
+from tests.support.s3_environment import only_s3
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
 
@@ -93,10 +94,7 @@ def place() -> Iterator[Place]:
         pytest.MonkeyPatch.context() as patch,
         FaultyProxy(server.endpoint) as proxy,
     ):
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+        only_s3(patch, server.environment)
         for bucket in (NAMES["RAW_BUCKET"], NAMES["SET_BUCKET"]):
             server.make_bucket(bucket)
         yield Place(server, proxy)

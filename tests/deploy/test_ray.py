@@ -21,6 +21,7 @@ from tests.integration.conftest import photo
 from tests.support.command import MOCO_SCALE, moco_scale
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.ray_cluster import growing_ray_cluster, ray_cluster
+from tests.support.s3_environment import only_s3
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
 
@@ -114,10 +115,7 @@ def test_the_commands_of_the_file_are_known(aws: dict[str, Any]) -> None:
 def expected() -> Iterator[dict[str, bytes]]:
     """A raw bucket at s3://raw-photos, and the set that packing it on this machine gives."""
     with LocalS3() as server, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+        only_s3(patch, server.environment)
         raw = open_store(server.make_bucket("raw-photos"))
         server.make_bucket("packed")
         for number in range(NUM_IMAGES):

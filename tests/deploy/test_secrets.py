@@ -28,6 +28,7 @@ from tests.support.command import (
     pretrain_arguments,
 )
 from tests.support.faulty_proxy import Fault, FaultyProxy
+from tests.support.s3_environment import only_s3
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
 
@@ -86,9 +87,7 @@ OLD, NEW = Keys(), Keys()
 
 @pytest.fixture(autouse=True)
 def _nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    only_s3(monkeypatch, {"AWS_REGION": "us-east-1"})
 
 
 @pytest.fixture

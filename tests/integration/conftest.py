@@ -1,7 +1,6 @@
 """A small uncurated bucket, and the shard set packed from it, on a real S3 server."""
 
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from demo.images import spoilers
 from demo.local_s3 import LocalS3
 from shards.store import open_store
 from tests.support.command import TINY, moco_scale
+from tests.support.s3_environment import only_s3
 
 NUM_IMAGES = 96
 
@@ -32,10 +32,7 @@ class Line:
 @pytest.fixture(scope="session")
 def line(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in s3_server.environment.items():
-            patch.setenv(name, value)
+        only_s3(patch, s3_server.environment)
         bucket, base = s3_server.make_bucket("line-raw"), s3_server.make_bucket("line-out")
         raw = open_store(bucket)
         photos = {f"class{i % 2}/photo {i:03}.jpg": photo(seed=i) for i in range(NUM_IMAGES)}

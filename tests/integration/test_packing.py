@@ -20,6 +20,7 @@ from tests.integration.conftest import photo
 from tests.support.command import MOCO_SCALE, moco_scale
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.ray_cluster import ray_cluster
+from tests.support.s3_environment import only_s3
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(900)]
 
@@ -42,10 +43,7 @@ class Raw:
 @pytest.fixture(scope="module")
 def raw() -> Iterator[Raw]:
     with LocalS3() as server, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+        only_s3(patch, server.environment)
         bucket, out = server.make_bucket("raw-photos"), server.make_bucket("packed")
         store = open_store(bucket)
         photos = {f"{n % 7}/photo {n:03}.jpg": photo(seed=n) for n in range(NUM_IMAGES)}

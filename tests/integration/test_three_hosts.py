@@ -19,6 +19,7 @@ from shards import open_store
 from tests.integration.conftest import photo
 from tests.support.command import MOCO_SCALE, TINY, moco_scale, pretrain_arguments
 from tests.support.hosts import Network, wait_until, why_not
+from tests.support.s3_environment import only_s3
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(900)]
 
@@ -116,10 +117,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch, Network(["store", "first", "second"]) as network:
         store = network["store"]
         with LocalS3(address=store.address, enter=store.enter) as server:
-            for name in [name for name in os.environ if name.startswith("AWS_")]:
-                patch.delenv(name)
-            for name, value in server.environment.items():
-                patch.setenv(name, value)
+            only_s3(patch, server.environment)
             bucket, base = server.make_bucket("hosts-raw"), server.make_bucket("hosts-out")
             raw = open_store(bucket)
             for number in range(NUM_IMAGES):

@@ -110,7 +110,9 @@ def environment(
 
 def num_bytes(quantity: str) -> int:
     """A quantity such as 16Gi, in bytes."""
-    number, unit = re.fullmatch(r"(\d+)([KMGT]i)?", quantity).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(\d+)([KMGT]i)?", quantity)
+    assert found, quantity
+    number, unit = found.groups()
     return int(number) * 1024 ** (" KMGT".index(unit[0]) if unit else 0)
 
 

@@ -1,13 +1,20 @@
-"""Ports that follow each other, as those of the ranks on a host do."""
+"""Ports of loopback for servers of a test."""
 
 import contextlib
 import socket
 
-from tests.support.slurm import free_ports
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nothing listens on."""
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in taken:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in taken]
 
 
 def two_free_ports() -> tuple[int, int]:
-    """Ports of loopback that nothing listens on, the second behind the first."""
+    """Two such ports, the second behind the first, as those of the ranks on a host are."""
     while True:
         (first,) = free_ports(1)
         with socket.socket() as second, contextlib.suppress(OSError, OverflowError):

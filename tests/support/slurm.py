@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.support.hosts import wait_until
+from tests.support.ports import free_ports
 
 _HOSTNAME = socket.gethostname().split(".")[0]
 NODES = (_HOSTNAME, f"{_HOSTNAME}-second")
@@ -220,12 +221,3 @@ class Slurm:
                     start_new_session=True,
                 )
             )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nothing listens on."""
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in taken:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in taken]
